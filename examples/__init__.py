@@ -1,0 +1,1 @@
+"""Runnable examples: real models, data and policies that a user copies."""

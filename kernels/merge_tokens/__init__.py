@@ -1,0 +1,39 @@
+"""``tokcc::merge_tokens``: keep some tokens and average others into them."""
+
+import torch
+from torch import Tensor
+
+from tokcc.kernels.merge_tokens.reference import reference
+
+__all__ = ["merge_tokens"]
+
+
+@torch.library.custom_op("tokcc::merge_tokens", mutates_args=())
+def merge_tokens(
+    x: Tensor, weight: Tensor | None, keep: Tensor, source: Tensor, slot: Tensor, first: int
+) -> tuple[Tensor, Tensor]:
+    """Merge source tokens into kept ones, weighted by how many tokens each stands for.
+
+    ``x'_k = (w_k x_k + sum_{a: slot_a = k} w_a x_a) / w'_k`` with ``w'_k = w_k + sum w_a`` (ToMe, arXiv:2210.09461,
+    section 3). Written as ``x_k + sum (w_a / w'_k) (x_a - x_k)``, which needs no second pass over the kept tokens.
+
+    Args:
+        x: ``[B, N, C]``.
+        weight: ``[B, N]`` in the dtype of ``x``, or None for all ones. Padding has weight 0.
+        keep: int64 ``[B, K]``: the kept tokens, in output order.
+        source: int64 ``[B, R]``: the tokens that are merged away, none of them kept.
+        slot: int64 ``[B, R]``: position in the output that each source joins.
+        first: No slot is smaller than this: a promise that saves work.
+
+    Returns:
+        ``x'`` ``[B, K, C]`` and ``w'`` ``[B, K]``.
+    """
+    return reference(x, weight, keep, source, slot, first)
+
+
+@merge_tokens.register_fake
+def _(
+    x: Tensor, weight: Tensor | None, keep: Tensor, source: Tensor, slot: Tensor, first: int
+) -> tuple[Tensor, Tensor]:
+    batch, kept = keep.shape
+    return x.new_empty([batch, kept, x.shape[2]]), x.new_empty([batch, kept])

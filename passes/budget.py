@@ -1,0 +1,136 @@
+"""Budgets: how many tokens a reduction keeps, as exact arithmetic on ints, symbolic sizes and per-sample counts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+
+from tokcc.config import Budget
+from tokcc.ir.builder import Builder
+
+__all__ = ["Count", "resolve_budget"]
+
+aten = torch.ops.aten
+Rounding = Literal["ceil", "floor", "round"]
+
+
+@dataclass(frozen=True)
+class Count:
+    """Kept tokens as a function of the candidates: ``n -> round(share * n)``, ``min(n, tokens)`` or ``n - remove``.
+
+    Fractions are exact decimals (0.7 is 7/10), so that the same number comes out at build time, in a symbolic graph
+    and per sample.
+
+    Attributes:
+        kind: Which form.
+        amount: Share, tokens or removed tokens.
+        rounding: For shares; ``round`` rounds halves up.
+        of_initial: Apply a share to the model's original number of candidates.
+    """
+
+    kind: Literal["share", "tokens", "remove"]
+    amount: Fraction
+    rounding: Rounding = "ceil"
+    of_initial: bool = False
+
+    @property
+    def nothing(self) -> bool:
+        """True when no token is ever removed."""
+        return (self.kind == "share" and self.amount == 1) or (self.kind == "remove" and self.amount == 0)
+
+    def kept(self, b: Builder, current: Any, initial: Any) -> Any:
+        """Return how many of ``current`` candidates stay (int or size handle)."""
+        if self.kind == "share":
+            base = initial if self.of_initial else current
+            return b.min_sizes(self._rounded(b, base), current) if self.of_initial else self._rounded(b, base)
+        if self.kind == "tokens":
+            return b.min_sizes(int(self.amount), current)
+        return b.max_sizes(b.sub_sizes(current, int(self.amount)), 1)
+
+    def _rounded(self, b: Builder, n: Any) -> Any:
+        p, q = self.amount.numerator, self.amount.denominator
+        if self.rounding == "ceil":
+            return b.floordiv_sizes(b.add_sizes(b.mul_sizes(n, p), q - 1), q)
+        if self.rounding == "floor":
+            return b.floordiv_sizes(b.mul_sizes(n, p), q)
+        return b.floordiv_sizes(b.add_sizes(b.mul_sizes(n, 2 * p), q), 2 * q)
+
+    def kept_per_sample(self, b: Builder, current: Any, initial: Any) -> Any:
+        """Return the same for int64 tensors ``[B]`` of true candidate counts."""
+        if self.kind == "tokens":
+            return b.call(aten.clamp_max.default, current, int(self.amount))
+        if self.kind == "remove":
+            return b.call(aten.clamp_min.default, b.sub(current, int(self.amount)), 1)
+        base = initial if self.of_initial else current
+        p, q = self.amount.numerator, self.amount.denominator
+        up = {"ceil": (p, q - 1, q), "floor": (p, 0, q), "round": (2 * p, q, 2 * q)}[self.rounding]
+        scaled = b.add(b.mul(base, up[0]), up[1])
+        kept = b.call(aten.div.Tensor_mode, scaled, up[2], rounding_mode="floor")
+        return b.call(aten.minimum.default, kept, current) if self.of_initial else kept
+
+
+def _fraction(value: float) -> Fraction:
+    return Fraction(str(value))
+
+
+def resolve_budget(budget: Budget, layers: tuple[int, ...], num_layers: int) -> list[Count]:
+    """Return one :class:`Count` for each chosen layer.
+
+    Args:
+        budget: The step's budget.
+        layers: The chosen layers, ascending.
+        num_layers: Depth of the model (ToMe's schedule runs over all of it).
+
+    Raises:
+        ValueError: When the budget has no meaning for these layers.
+    """
+    initial = budget.of == "initial"
+    if budget.schedule is not None:
+        if len(budget.schedule) != len(layers):
+            raise ValueError(f"the schedule has {len(budget.schedule)} entries for {len(layers)} layers")
+        return [
+            Count("tokens", Fraction(entry))
+            if isinstance(entry, int) and not isinstance(entry, bool)
+            else Count("share", _fraction(entry), budget.rounding, initial)
+            for entry in budget.schedule
+        ]
+    if budget.remove is not None:
+        return [Count("remove", Fraction(r)) for r in _removals(budget, layers, num_layers)]
+    if budget.tokens is not None:
+        return [Count("tokens", Fraction(budget.tokens))] * len(layers)
+    if budget.total_remove is not None:
+        rate = (1.0 - budget.total_remove) ** (1.0 / len(layers))
+        share = Fraction(rate).limit_denominator(10**6)
+        return [Count("share", share, budget.rounding, initial)] * len(layers)
+    if budget.keep is not None:
+        return [Count("share", share, budget.rounding, initial) for share in _shares(budget, layers)]
+    raise ValueError(f"`{budget.amount}` is not a budget of prune and merge steps")
+
+
+def _removals(budget: Budget, layers: tuple[int, ...], num_layers: int) -> list[int]:
+    """ToMe's schedule: linear in the layer, truncated; inflection 0 is constant, -1 falls from 2r to 0."""
+    assert budget.remove is not None
+    if not budget.inflection:
+        return [budget.remove] * len(layers)
+    low = int(budget.remove * (1 - abs(budget.inflection)))
+    high = 2 * budget.remove - low
+    first, last = (high, low) if budget.inflection < 0 else (low, high)
+    steps = max(1, num_layers - 1)
+    return [int(first + (last - first) * layer / steps) for layer in layers]
+
+
+def _shares(budget: Budget, layers: tuple[int, ...]) -> list[Fraction]:
+    assert budget.keep is not None
+    final = _fraction(budget.keep)
+    if budget.ramp is None:
+        return [final] * len(layers)
+    warm = max(budget.ramp.warmup_layers, math.ceil(budget.ramp.warmup_fraction * len(layers) - 1e-9))
+    rest = len(layers) - warm
+    return [
+        Fraction(1) if i < warm else max(Fraction(1, 100), 1 + (final - 1) * Fraction(i - warm + 1, rest))
+        for i in range(len(layers))
+    ]

@@ -1,0 +1,195 @@
+"""What score, selector and reducer pieces work with: one cut of one layer, in canonical layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokcc.analysis.context import Context
+from tokcc.ir.builder import Builder
+from tokcc.ir.space import TokenSpace
+from tokcc.passes.budget import Count
+
+__all__ = ["AttentionView", "Chosen", "Cut", "Grouped", "Kept", "Matched"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """An attention over the current tokens, in canonical layout.
+
+    Attributes:
+        query: ``[B, H, N, D]``.
+        key: ``[B, H, N, D]`` (heads of grouped queries repeated).
+        value: ``[B, H, N, D]``.
+        mask: Broadcastable to ``[B, H, N, N]``, bool or additive, with the size bias of merged keys; or None.
+        scale: Factor of the logits.
+        probs: ``[B, H, N, N]`` when the model writes its attention out, else None.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    mask: Any
+    scale: float
+    probs: Any = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A selection: the tokens that stay.
+
+    Attributes:
+        index: int64 ``[B, K]``, or ``[K]`` where it is the same for every sample; protected tokens included.
+        valid: bool ``[B, K]`` where slots may be empty, else None.
+        ascending: The index is in the order of the sequence.
+        size: K.
+        score: ``[B, N]``: what the selection was made by, for reducers that weight by it; or None.
+    """
+
+    index: Any
+    valid: Any
+    ascending: bool
+    size: Any
+    score: Any = None
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A matching: some tokens stay, others join them.
+
+    Attributes:
+        keep: int64 ``[B, K]``: kept tokens in output order.
+        source: int64 ``[B, R]``: tokens that are merged away.
+        slot: int64 ``[B, R]``: output position that each source joins.
+        first: No slot is smaller.
+        size: K.
+        valid: bool ``[B, K]``, or None.
+        weight: ``[B, N]`` weights to merge with where padding exists (0 for what must not count), or None.
+        ascending: Output order follows the sequence.
+    """
+
+    keep: Any
+    source: Any
+    slot: Any
+    first: int
+    size: Any
+    valid: Any = None
+    weight: Any = None
+    ascending: bool = False
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Neighbouring tokens in groups of one size; an incomplete last group is dropped.
+
+    Attributes:
+        width: Tokens in a group.
+        size: Number of groups.
+    """
+
+    width: int
+    size: Any
+
+
+Chosen = Kept | Matched | Grouped
+
+
+@dataclass
+class Cut:
+    """One reduction in work.
+
+    Attributes:
+        ctx: The walk's context.
+        x: The stream value in canonical layout, ``[B, N, C]``.
+        space: The token space of ``x``.
+        batch: The batch space.
+        layer: 0-based layer of the cut.
+        num_layers: Depth of the model.
+        count: The budget.
+        first: Protected leading tokens.
+        last: Protected trailing tokens.
+        seed: For random pieces.
+        initial: Number of candidates in the unreduced model.
+        attention: Returns the attention of a layer over the current tokens (default: the cut's own layer).
+    """
+
+    ctx: Context
+    x: Any
+    space: TokenSpace
+    batch: TokenSpace
+    layer: int
+    num_layers: int
+    count: Count
+    first: int
+    last: int
+    seed: int
+    attention: Callable[..., AttentionView]
+
+    @property
+    def b(self) -> Builder:
+        """The builder."""
+        return self.ctx.builder
+
+    @property
+    def tokens(self) -> Any:
+        """Current number of tokens."""
+        return self.space.size
+
+    @property
+    def candidates(self) -> Any:
+        """Current number of tokens that may be dropped."""
+        return self.b.sub_sizes(self.tokens, self.first + self.last)
+
+    @property
+    def initial_candidates(self) -> Any:
+        """Number of candidates in the unreduced model."""
+        return self.b.sub_sizes(self.space.root.size, self.first + self.last)
+
+    @property
+    def valid(self) -> Any:
+        """Which tokens are real, bool ``[B, N]``, or None when all are."""
+        return self.space.valid if self.space.valid is not None else self.space.real
+
+    def valid_count(self) -> Any:
+        """Return the number of real candidates of each sample, int64 ``[B]``."""
+        b = self.b
+        total = b.sum(b.cast(self.valid, torch.int64), 1)
+        return b.call(aten.clamp_min.default, b.sub(total, self.first + self.last), 0)
+
+    def initial_valid_count(self) -> Any:
+        """Return the number of real candidates before any reduction, int64 ``[B]``."""
+        b = self.b
+        total = b.sum(b.cast(self.space.root.real, torch.int64), 1)
+        return b.call(aten.clamp_min.default, b.sub(total, self.first + self.last), 0)
+
+    def positions(self) -> Any:
+        """Return int64 ``[N]``."""
+        return self.b.arange(self.tokens, self.x)
+
+    def per_sample(self, row: Any) -> Any:
+        """Repeat ``[K]`` for every sample: ``[B, K]``."""
+        b = self.b
+        return b.expand(b.unsqueeze(row, 0), [self.batch.size, -1])
+
+    def inner(self, values: Any) -> Any:
+        """Return the columns of the candidates of ``[B, N, ...]`` or ``[B, N]``."""
+        stop = None if self.last == 0 else self.b.sub_sizes(self.tokens, self.last)
+        return self.b.slice(values, 1, self.first, stop)
+
+    def with_protected(self, index: Any) -> Any:
+        """Put the protected tokens around chosen candidates: ``[B, K]`` relative -> ``[B, first + K + last]``."""
+        b = self.b
+        parts = [b.add(index, self.first) if self.first else index]
+        if self.first:
+            parts.insert(0, self.per_sample(b.arange(self.first, self.x)))
+        if self.last:
+            tail = b.add(b.arange(self.last, self.x), b.sub_sizes(self.tokens, self.last))
+            parts.append(self.per_sample(tail))
+        return b.cat(parts, 1)
+
+

@@ -1,0 +1,147 @@
+"""Output contracts: what each output looks like after a reduction."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from tokcc.analysis.walk import Walk
+from tokcc.config import Rows
+from tokcc.errors import PlanError
+from tokcc.ir.program import Program
+from tokcc.ir.space import TokenSpace
+from tokcc.ir.value import Value
+from tokcc.passes.plan import Plan
+
+__all__ = ["OutputPlan", "contract_outputs", "plan_outputs"]
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """Outputs of the reduced program.
+
+    Attributes:
+        names: One per output.
+        contracts: One per original output.
+        restore_at: Stream node where the tokens are given back, or None.
+        values: The values, filled in by :func:`contract_outputs`.
+    """
+
+    names: tuple[str, ...]
+    contracts: tuple[Any, ...]
+    restore_at: str | None = None
+    values: tuple[Any, ...] = ()
+
+
+def plan_outputs(program: Program, plan: Plan) -> OutputPlan:
+    """Resolve output contracts and decide where full outputs get their tokens back.
+
+    Raises:
+        PlanError: For an output name that the model does not have.
+    """
+    names = program.output_names
+    wanted = plan.outputs
+    for name in wanted:
+        if name != "*" and name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            raise PlanError(
+                f"the model has no output `{name}`",
+                policy=plan.policy.where(("outputs", name)),
+                needed="one of " + ", ".join(names),
+                help=f"did you mean `{near[0]}`?" if near else None,
+            )
+    contracts = tuple(wanted.get(name, wanted.get("*", "full")) for name in names)
+    return OutputPlan(names, contracts, _restore_point(program, plan, contracts))
+
+
+def _restore_point(program: Program, plan: Plan, contracts: Sequence[Any]) -> str | None:
+    """The last stream point, when a full output depends on it and nothing is cut behind it."""
+    sites = plan.sites
+    if not plan.reductions:
+        return None
+    last = sites.layers[-1].block_output
+    if last is None or not sites.has_tokens(last):
+        return None
+    if any(sites.order[r.cut] >= sites.order[last] for r in plan.reductions):
+        return None
+    for value, contract in zip(program.output_values, contracts, strict=True):
+        carries = isinstance(value, fx.Node) and sites.has_tokens(value.name) and sites.order[value.name] >= sites.order[last]
+        if carries and contract == "full":
+            others = [c for v, c in zip(program.output_values, contracts, strict=True) if v is not value and c == "reduced"]
+            return None if others else last
+    return None
+
+
+def contract_outputs(walk: Walk, program: Program, plan: Plan, outputs: OutputPlan, values: Sequence[Any]) -> OutputPlan:
+    """Apply the contracts to the walk's outputs."""
+    del program, plan
+    result: list[Any] = []
+    extra: list[tuple[str, Any]] = []
+    for name, contract, value in zip(outputs.names, outputs.contracts, values, strict=True):
+        if not isinstance(value, Value):
+            result.append(value)
+            continue
+        if value.totals:
+            walk.ctx.fail(f"output `{name}` is a sum over tokens, and dropped tokens are missing from it")
+        own = value
+        if contract == "reduced":
+            extra += _maps(walk, name, own)
+        elif contract == "last_token" or isinstance(contract, Rows):
+            own = _rows(walk, name, own, (-1,) if contract == "last_token" else contract.rows)
+        elif own.reduced:
+            with walk.builder.inserting("restore"):
+                own = walk.restored(own)
+        result.append(own)
+    names = (*outputs.names, *(name for name, _ in extra))
+    return OutputPlan(names, outputs.contracts, outputs.restore_at, (*result, *(handle for _, handle in extra)))
+
+
+def _rows(walk: Walk, name: str, value: Value, rows: Sequence[int]) -> Value:
+    """Only some rows of an output, ``[B, len(rows), ...]``; the demand pass then computes no others."""
+    import torch
+
+    b = walk.builder
+    if value.reduced:
+        value = walk.restored(value)
+    axis = next((i for i, a in enumerate(value.axes) if any(f.space is walk.tokens for f in a)), None)
+    if axis is None:
+        walk.ctx.fail(f"output `{name}` has no token axis, so rows of it cannot be chosen")
+    parts = []
+    for row in rows:
+        stop = None if row == -1 else row + 1
+        parts.append(b.slice(value.handle, axis, row, stop))
+    handle = b.cat(parts, axis)
+    del torch
+    axes = (*value.axes[:axis], (), *value.axes[axis + 1 :])
+    return value.having(handle=handle, axes=axes)
+
+
+def _maps(walk: Walk, name: str, value: Value) -> list[tuple[str, Any]]:
+    """The extra output that says where the tokens of a reduced output come from."""
+    for axis in value.axes:
+        for factor in axis:
+            space = factor.space
+            if space is None or space.is_batch or not space.reduced:
+                continue
+            with walk.builder.inserting("restore"):
+                if any(s.assign is not None for s in space.chain[1:]):
+                    if all(s.assign is not None for s in space.chain[1:]):
+                        return [(f"{name}.token_assign", _assign(walk, space))]
+                index = walk.ctx.index_between(space.root, space)
+                if len(walk.builder.shape(index)) == 1:
+                    assert walk.batch is not None
+                    index = walk.builder.expand(walk.builder.unsqueeze(index, 0), [walk.batch.size, -1])
+                return [(f"{name}.token_index", index)]
+    return []
+
+
+def _assign(walk: Walk, space: TokenSpace) -> Any:
+    composed: Any = None
+    for step in space.chain[1:]:
+        own = step.assign(walk.ctx) if callable(step.assign) else step.assign
+        composed = own if composed is None else walk.builder.gather(own, 1, composed)
+    return composed

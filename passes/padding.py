@@ -1,0 +1,96 @@
+"""Which tokens of a padded batch are real."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from tokcc.analysis.sites import Sites
+from tokcc.analysis.walk import Walk
+from tokcc.ir.value import Value
+
+__all__ = ["depends_on_input", "mask_operand", "padding_of"]
+
+aten = torch.ops.aten
+
+MASKED_BELOW = -1e3
+"""An additive mask entry below this forbids a key; a position bias is never that small."""
+
+
+def depends_on_input(node: fx.Node, user_inputs: set[fx.Node]) -> bool:
+    """Return True when a node is computed from a tensor that the caller feeds (sizes do not count)."""
+    seen: set[fx.Node] = set()
+    front = [node]
+    while front:
+        current = front.pop()
+        if current in user_inputs:
+            return True
+        if current in seen or not isinstance(current.meta.get("val"), torch.Tensor):
+            continue
+        seen.add(current)
+        front.extend(n for n in current.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor))
+    return False
+
+
+def mask_operand(walk: Walk, sites: Sites, layer: int) -> fx.Node | None:
+    """Return the node of the mask that a layer's attention adds or applies, or None."""
+    site = sites.layers[layer].attention
+    if site.mask is not None:
+        return walk.nodes[site.mask]
+    if site.probs is None:
+        return None
+    node: Any = walk.nodes[site.probs]
+    for _ in range(8):
+        if node.target in (aten.softmax.int, aten._softmax.default, aten._to_copy.default, aten.clone.default):
+            node = node.args[0]
+        elif node.target is aten.add.Tensor:
+            sides = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+            masks = [a for a in sides if not _has_product(a)]
+            return masks[0] if masks else None
+        elif node.target in (aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther):
+            return node.args[0]
+        elif node.target is aten.masked_fill.Scalar:
+            return None
+        else:
+            return None
+    return None
+
+
+def _has_product(node: fx.Node, steps: int = 6) -> bool:
+    if node.target in (aten.matmul.default, aten.bmm.default, aten.baddbmm.default):
+        return True
+    if steps == 0 or node.op != "call_function":
+        return False
+    return any(_has_product(n, steps - 1) for n in node.all_input_nodes)
+
+
+def padding_of(walk: Walk, sites: Sites, layer: int) -> Any:
+    """Return the real tokens of the root space, bool ``[B, N]``, or None when the model takes no padding mask.
+
+    The mask of the layer's own attention says it: a token is real when some query may attend to it.
+    """
+    node = mask_operand(walk, sites, min(layer, len(sites.layers) - 1))
+    if node is None or not depends_on_input(node, set(walk.program.user_inputs)):
+        return None
+    mask = walk.env[node]
+    if not isinstance(mask, Value):
+        return None
+    b = walk.builder
+    assert walk.batch is not None
+    handle = mask.handle
+    if b.dtype(handle) != torch.bool:
+        handle = b.compare("gt", handle, MASKED_BELOW)
+    shape = list(mask.old)
+    # [B, H or 1, N or 1, N] -> [B, N]: real when any head and any query may look.
+    for axis in range(mask.rank - 2, 0, -1):
+        one = isinstance(shape[axis], int) and shape[axis] == 1
+        handle = b.squeeze(handle, axis) if one else b.call(aten.any.dim, handle, axis)
+    if mask.rank == 1:
+        handle = b.unsqueeze(handle, 0)
+    first = mask.axes[0]
+    fused = len(first) > 1 or (not first and mask.rank > 1)
+    if fused:
+        walk.ctx.fail("the padding mask is fused over heads or shared by all samples; its layout is not understood")
+    return handle

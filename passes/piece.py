@@ -1,0 +1,125 @@
+"""The three kinds of pieces a reduction is composed of, and their discovery by folder."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from functools import cache
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tokcc.config import PieceSpec
+from tokcc.errors import PolicyError
+from tokcc.ir.space import TokenSpace
+from tokcc.passes.cut import Chosen, Cut
+
+__all__ = ["Piece", "Reducer", "Score", "Selector", "pieces", "resolve_piece"]
+
+
+class Piece(BaseModel):
+    """Base of all pieces: frozen parameters, unknown ones refused.
+
+    Attributes:
+        kind: The name in a policy.
+        needs: What the model must have: ``cls``, ``attention``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+
+class Score(Piece):
+    """Rates tokens."""
+
+    full_attention: ClassVar[bool] = False
+    """True when the formula needs every row of the attention matrix."""
+
+    def layers(self, layer: int, num_layers: int) -> tuple[int, ...]:
+        """Return the layers whose attention is read."""
+        del num_layers
+        return (layer,)
+
+    def emit(self, cut: Cut) -> Any:
+        """Return ``[B, N]``, larger = more important."""
+        raise NotImplementedError
+
+
+class Selector(Piece):
+    """Chooses tokens, or pairs of tokens."""
+
+    wants_score: ClassVar[bool] = True
+
+    def select(self, cut: Cut, score: Any) -> Chosen:
+        """Return what was chosen."""
+        raise NotImplementedError
+
+
+class Reducer(Piece):
+    """Makes the smaller stream and its token space."""
+
+    takes: ClassVar[tuple[type, ...]]
+
+    def reduce(self, cut: Cut, chosen: Any, child: TokenSpace) -> Any:
+        """Return the reduced stream ``[B, K, C]`` and fill in the maps of ``child``."""
+        raise NotImplementedError
+
+
+P = TypeVar("P", bound=Piece)
+
+
+@cache
+def pieces(folder: str) -> dict[str, type[Piece]]:
+    """Return the pieces of ``scores``, ``selectors`` or ``reducers`` by kind: one class per file."""
+    package = importlib.import_module(f"tokcc.passes.{folder}")
+    found: dict[str, type[Piece]] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        for value in vars(module).values():
+            own = isinstance(value, type) and issubclass(value, Piece) and value.__module__ == module.__name__
+            if own and "kind" in vars(value):
+                found[value.kind] = value
+    return found
+
+
+def resolve_piece(spec: PieceSpec, base: type[P], folder: str, where: str) -> P:
+    """Make a piece from its spec.
+
+    Args:
+        spec: Kind and parameters.
+        base: Expected base class.
+        folder: Where such pieces live.
+        where: Place in the policy, for messages.
+
+    Raises:
+        PolicyError: Unknown kind or parameter (with the nearest name), or a value out of range.
+    """
+    known = pieces(folder)
+    word = folder.removesuffix("s")
+    if spec.kind not in known:
+        near = difflib.get_close_matches(spec.kind, known, n=1, cutoff=0.5)
+        raise PolicyError(
+            f"unknown {word} `{spec.kind}`",
+            policy=where,
+            needed="one of " + ", ".join(sorted(known)),
+            help=f"did you mean `{near[0]}`?" if near else None,
+        )
+    kind = known[spec.kind]
+    try:
+        made = kind.model_validate(spec.params)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        near = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0.5)
+        raise PolicyError(
+            f"{word} `{spec.kind}`, `{key}`: {first['msg'].lower()}",
+            policy=where,
+            needed="parameters " + (", ".join(sorted(kind.model_fields)) or "none"),
+            found=repr(first.get("input")),
+            help=f"did you mean `{near[0]}`?" if near and first["type"] == "extra_forbidden" else None,
+        ) from error
+    assert isinstance(made, base)
+    return made

@@ -1,0 +1,231 @@
+"""From policy and sites to a concrete plan. Every refusal that can happen before the graph is touched happens here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokcc.analysis.sites import Sites
+from tokcc.config import LoadedPolicy, Step, find_conflict
+from tokcc.errors import AxisError, PlanError, PolicyError
+from tokcc.ir.space import TokenSpace
+from tokcc.passes.budget import Count, resolve_budget
+from tokcc.passes.piece import Reducer, Score, Selector, resolve_piece
+from tokcc.passes.reduction import PlannedReduction
+
+__all__ = ["Plan", "make_plan"]
+
+_DEFAULT_REDUCE = {"prune": "drop", "merge": "weighted_mean"}
+_DEFAULT_SELECT = {"prune": "topk", "merge": "bipartite"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done.
+
+    Attributes:
+        policy: The policy it came from.
+        sites: The model's sites.
+        reductions: In execution order.
+        warnings: What the report must say.
+        made: Filled by the walk: the spaces the reductions made.
+    """
+
+    policy: LoadedPolicy
+    sites: Sites
+    reductions: tuple[PlannedReduction, ...]
+    warnings: tuple[str, ...] = ()
+    made: list[TokenSpace] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> dict[str, Any]:
+        """Output contracts by name."""
+        return dict(self.policy.policy.outputs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the applied policy in the long form, with the layers that were chosen: replayable."""
+        data = self.policy.policy.to_dict()
+        layers: dict[int, list[int]] = {}
+        for reduction in self.reductions:
+            layers.setdefault(reduction.step, []).append(reduction.layer)
+        for step, chosen in layers.items():
+            if data["steps"][step]["at"].get("site") != "encoder_output":
+                data["steps"][step]["at"]["layers"] = sorted(set(chosen))
+        return data
+
+
+def make_plan(policy: LoadedPolicy, sites: Sites) -> Plan:
+    """Resolve a policy against a model.
+
+    Args:
+        policy: The validated policy.
+        sites: What the model offers.
+
+    Raises:
+        PlanError: A step cannot be applied: a layer that is not there, a class token that the model does not have.
+        PolicyError: A piece or parameter is unknown, or steps contradict each other at this depth.
+    """
+    reductions: list[PlannedReduction] = []
+    warnings: list[str] = []
+    conflict = find_conflict(policy.policy.steps, len(sites.layers))
+    if conflict is not None:
+        raise PolicyError(
+            "two steps ask for different budgets at one layer and site of this model",
+            policy=policy.where(("steps", conflict[1])),
+            found=f"the other is {policy.where(('steps', conflict[0]))}",
+            help="give the steps different layers or sites",
+        )
+    made: list[TokenSpace] = []
+    for number, step in enumerate(policy.policy.steps):
+        reductions += _plan_step(policy, number, step, sites, warnings, made)
+    reductions.sort(key=lambda r: (sites.order[r.cut], r.step))
+    return Plan(policy, sites, tuple(reductions), tuple(warnings), made)
+
+
+def _plan_step(
+    policy: LoadedPolicy, number: int, step: Step, sites: Sites, warnings: list[str], made: list[TokenSpace]
+) -> list[PlannedReduction]:
+    where = policy.where(("steps", number))
+    if step.node not in ("prune", "merge"):
+        raise PlanError(
+            f"`{step.node}` steps are not available in this version of tokcc",
+            policy=policy.where(("steps", number, "node")),
+            needed="prune or merge",
+        )
+    for unused, value in (("segment", step.protect.segment), ("ids", step.protect.ids)):
+        if value:
+            raise PlanError(
+                f"`protect.{unused}` is not available for encoders in this version",
+                policy=policy.where(("steps", number, "protect", unused)),
+                help="use `protect: {first: N}`",
+            )
+    layers = _layers(policy, number, step, sites)
+    try:
+        counts = resolve_budget(step.budget, layers, len(sites.layers))
+    except ValueError as error:
+        raise PlanError(str(error), policy=policy.where(("steps", number, "budget"))) from error
+    score, select, reduce = _pieces(policy, number, step)
+    first = sites.prefix if step.protect.first == "auto" else int(step.protect.first)
+    last = step.protect.last or (sites.suffix if step.protect.first == "auto" else 0)
+    _check_needs(policy, number, score, select, sites, first)
+    result: list[PlannedReduction] = []
+    for layer, count in zip(layers, counts, strict=True):
+        if count.nothing and getattr(select, "duplicates", 0) == 0:
+            continue
+        cut = _cut(policy, number, step, sites, layer)
+        count = _clamped(count, sites, first, last, layer, where, warnings)  # noqa: PLW2901 - clamped
+        result.append(
+            PlannedReduction(
+                step=number,
+                name=step.name,
+                where=where,
+                node=step.node,
+                layer=layer,
+                site=step.at.site,
+                cut=cut,
+                count=count,
+                first=first,
+                last=last,
+                score=score,
+                select=select,
+                reduce=reduce,
+                restore=step.restore,
+                seed=step.seed,
+                sites=sites,
+                made=made,
+            )
+        )
+    return result
+
+
+def _layers(policy: LoadedPolicy, number: int, step: Step, sites: Sites) -> tuple[int, ...]:
+    if step.at.site == "encoder_output":
+        return (len(sites.layers) - 1,)
+    try:
+        layers = step.at.resolve(len(sites.layers))
+    except ValueError as error:
+        raise PlanError(
+            str(error),
+            policy=policy.where(("steps", number, "at", "layers")),
+            needed=f"layers between 0 and {len(sites.layers) - 1}: the model has {len(sites.layers)}",
+            help="`tokcc inspect MODEL` lists the layers",
+        ) from error
+    if not layers:
+        raise PlanError("no layer is chosen", policy=policy.where(("steps", number, "at", "layers")))
+    return layers
+
+
+def _pieces(policy: LoadedPolicy, number: int, step: Step) -> tuple[Score | None, Selector, Reducer]:
+    def place(key: str) -> str:
+        return policy.where(("steps", number, key))
+
+    from tokcc.config import PieceSpec
+
+    select_spec = step.select or PieceSpec(kind=_DEFAULT_SELECT[step.node])
+    reduce_spec = step.reduce or PieceSpec(kind=_DEFAULT_REDUCE[step.node])
+    select: Selector = resolve_piece(select_spec, Selector, "selectors", place("select"))  # type: ignore[type-abstract]  # base class
+    reduce: Reducer = resolve_piece(reduce_spec, Reducer, "reducers", place("reduce"))  # type: ignore[type-abstract]  # base class
+    score: Score | None = None
+    if step.score is not None:
+        score = resolve_piece(step.score, Score, "scores", place("score"))  # type: ignore[type-abstract]  # base class
+    elif select.wants_score:
+        raise PolicyError(
+            f"`select: {{kind: {select.kind}}}` needs a score",
+            policy=policy.where(("steps", number)),
+            help="add for instance `score: {kind: attention_rows, rows: cls}`",
+        )
+    return score, select, reduce
+
+
+def _check_needs(
+    policy: LoadedPolicy, number: int, score: Score | None, select: Selector, sites: Sites, first: int
+) -> None:
+    reads_cls = getattr(score, "rows", None) == "cls" or getattr(score, "to", None) == "cls"
+    if reads_cls and sites.prefix < 1 and first < 1:
+        raise PlanError(
+            "the score reads the class token, and this model has none",
+            policy=policy.where(("steps", number, "score")),
+            needed="a class token in front of the other tokens",
+            found="no token that is concatenated to the patches or selected by a head",
+            help="use `score: {kind: attention_received}`, or say `protect: {first: 1}` if token 0 is one",
+        )
+    del select
+
+
+def _cut(policy: LoadedPolicy, number: int, step: Step, sites: Sites, layer: int) -> str:
+    block = sites.layers[layer]
+    name = sites.cut(layer, step.at.site)
+    lost = block.windowed
+    if lost is not None and (step.restore == "none" or not sites.has_tokens(sites.entry.node)):
+        raise AxisError(
+            f"cannot {step.node} tokens at layer {layer}: {lost.what}",
+            policy=policy.where(("steps", number, "at", "layers")),
+            node=lost.node,
+            help="add `restore: unmerge` (merge) or `restore: scatter` (prune) to the step, or choose layers without "
+            "windows (`tokcc inspect MODEL`)",
+        )
+    if name is None or not sites.has_tokens(name):
+        raise PlanError(
+            f"layer {layer} has no cut `{step.at.site}`",
+            policy=policy.where(("steps", number, "at")),
+            node=block.label,
+            needed="a point of the residual stream that everything passes and several computations read",
+            found="a parallel block: attention and MLP read the same input" if block.block_output else "none",
+            help="use `site: block_output`" if block.block_output else "`tokcc inspect MODEL` lists the cuts",
+        )
+    return name
+
+
+def _clamped(
+    count: Count, sites: Sites, first: int, last: int, layer: int, where: str, warnings: list[str]
+) -> Count:
+    """Warn about budgets that exceed what a layer can give; the arithmetic itself clamps."""
+    tokens = sites.tokens
+    if isinstance(tokens, int) and count.kind == "remove" and count.amount > (tokens - first - last) // 2:
+        warnings.append(
+            f"{where}: layer {layer} is asked to remove {count.amount} of {tokens - first - last} tokens; at most half "
+            "of those that are left can merge, so fewer are removed"
+        )
+    if isinstance(tokens, int) and count.kind == "tokens" and count.amount > tokens - first - last:
+        warnings.append(f"{where}: layer {layer} is asked to keep {count.amount} tokens and has fewer: all are kept")
+    return count

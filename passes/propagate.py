@@ -1,0 +1,115 @@
+"""Insert the planned reductions and rewrite everything downstream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+from torch.export.graph_signature import (
+    ConstantArgument,
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    TensorArgument,
+)
+from torch.export.graph_signature import OutputSpec as ExportOutputSpec
+
+from tokcc.analysis.walk import Action, Walk
+from tokcc.ir.builder import Builder, GraphBuilder
+from tokcc.ir.edit import fake_mode_of, remove_dead
+from tokcc.ir.program import PassResult, Program
+from tokcc.ir.value import Value
+from tokcc.passes.outputs import OutputPlan, contract_outputs, plan_outputs
+from tokcc.passes.plan import Plan
+
+__all__ = ["Propagate", "finish", "reduce_walk"]
+
+
+@dataclass(frozen=True)
+class _RestoreStream:
+    """Give the tokens back on the residual stream, so that the final norm and heads see all of them."""
+
+    def apply(self, walk: Walk, node: fx.Node, value: Value) -> Value:
+        """Restore every reduced axis."""
+        del node
+        if not value.reduced:
+            return value
+        with walk.builder.inserting("restore"):
+            return walk.restored(value)
+
+
+def reduce_walk(program: Program, plan: Plan, builder: Builder, inputs: dict[str, Any] | None = None) -> tuple[Walk, Any]:
+    """Walk a program with the plan's reductions, on a graph or eagerly.
+
+    Returns:
+        The walk and the output values, contracts applied, with their names appended for new ones.
+    """
+    actions: dict[str, list[Action]] = {}
+    for reduction in plan.reductions:
+        actions.setdefault(reduction.cut, []).append(reduction)
+    outputs = plan_outputs(program, plan)
+    if outputs.restore_at is not None:
+        actions.setdefault(outputs.restore_at, []).append(_RestoreStream())
+    walk = Walk(program, builder, plan.sites.entry, actions=actions, inputs=inputs)
+    values = walk.run()
+    return walk, contract_outputs(walk, program, plan, outputs, values)
+
+
+@dataclass(frozen=True)
+class Propagate:
+    """The insertion and propagation pass.
+
+    Scores read values of the token space that earlier reductions made, so insertion happens during the forward walk:
+    when the walk reaches a cut it emits the reduction, and every later node is rewritten by its axis rule.
+
+    Attributes:
+        plan: What to do.
+    """
+
+    plan: Plan
+
+    def run(self, program: Program) -> PassResult:
+        """Apply the pass."""
+        if not self.plan.reductions and not self.plan.outputs:
+            return PassResult(program, False)
+        builder = GraphBuilder(fake_mode_of(program))
+        walk, outputs = reduce_walk(program, self.plan, builder)
+        del walk
+        return PassResult(finish(program, builder, outputs), True)
+
+
+def finish(program: Program, builder: GraphBuilder, outputs: OutputPlan) -> Program:
+    """Close a rebuilt graph: outputs, constants and signature."""
+    graph = builder.graph
+    handles = [value.handle if isinstance(value, Value) else value for value in outputs.values]
+    node = graph.output(tuple(handles))
+    node.meta["val"] = tuple(h.meta["val"] if isinstance(h, fx.Node) else h for h in handles)
+    state = [spec for spec in program.signature.input_specs if spec.kind is not InputKind.USER_INPUT]
+    users = [spec for spec in program.signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    first_user = next((placeholders[n.name] for n in program.user_inputs), None)
+    specs = [*state]
+    for constant in builder.constant_nodes:
+        if first_user is not None:
+            first_user.prepend(constant)
+        specs.append(InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(name=constant.name), str(constant.target), None))
+    out_specs: list[ExportOutputSpec] = []
+    for i, handle in enumerate(handles):
+        known = program.signature.output_specs[i] if i < len(program.signature.output_specs) else None
+        kind = known.kind if known is not None else OutputKind.USER_OUTPUT
+        argument: Any = TensorArgument(name=handle.name) if isinstance(handle, fx.Node) else ConstantArgument("", handle)
+        out_specs.append(ExportOutputSpec(kind, argument, known.target if known is not None else None))
+    remove_dead(graph)
+    signature = ExportGraphSignature(input_specs=[*specs, *users], output_specs=out_specs)
+    result = replace(
+        program,
+        graph=graph,
+        signature=signature,
+        constants={**program.constants, **builder.constants},
+        output_names=outputs.names,
+    )
+    return result.refreshed()
+
+

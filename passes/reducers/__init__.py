@@ -1,0 +1,1 @@
+"""One reducer per file, discovered by folder."""

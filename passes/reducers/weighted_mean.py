@@ -1,0 +1,95 @@
+"""Merge matched tokens by their size-weighted mean."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, ClassVar
+
+import torch
+
+from tokcc.analysis.context import Context
+from tokcc.ir.space import Factor, TokenSpace
+from tokcc.ir.value import Value
+from tokcc.passes.cut import Cut, Matched
+from tokcc.passes.piece import Reducer
+
+__all__ = ["WeightedMean"]
+
+
+class WeightedMean(Reducer):
+    """Average sources into their destinations (ToMe, arXiv:2210.09461, section 3).
+
+    Attributes:
+        size_in_attention: Proportional attention: add ``log(size)`` to the logits of merged keys.
+        track_size: Weigh by how many tokens each one already stands for; otherwise every mean is plain.
+    """
+
+    kind: ClassVar[str] = "weighted_mean"
+    takes: ClassVar[tuple[type, ...]] = (Matched,)
+
+    size_in_attention: bool = True
+    track_size: bool = True
+
+    def reduce(self, cut: Cut, chosen: Matched, child: TokenSpace) -> Any:
+        """See :class:`WeightedMean`."""
+        b = cut.b
+        weight = chosen.weight if chosen.weight is not None else cut.space.weight
+        if not self.track_size:
+            weight = chosen.weight  # only who is padding
+        dtype = b.dtype(cut.x)
+        if weight is not None:
+            weight = b.cast(weight, dtype)
+        op = torch.ops.tokcc.merge_tokens.default
+        both = b.call(op, cut.x, weight, chosen.keep, chosen.source, chosen.slot, chosen.first)
+        merged, total = b.call(operator.getitem, both, 0), b.call(operator.getitem, both, 1)
+        child.size, child.index, child.valid = chosen.size, chosen.keep, chosen.valid
+        child.ascending = chosen.ascending
+        if self.track_size:
+            child.weight = total
+            child.bias = self.size_in_attention
+        child.assign = _assignment(cut, chosen)
+        child.merge = _stream_merge(weight, chosen, child)
+        return merged
+
+
+def _assignment(cut: Cut, chosen: Matched) -> Any:
+    """Return a function that makes the parent -> child map ``[B, N]`` when something is restored."""
+    made: list[Any] = []
+    tokens, batch, x, per_sample = cut.tokens, cut.batch, cut.x, cut.per_sample
+
+    def assign(ctx: Context) -> Any:
+        if not made:
+            b = ctx.builder
+            empty = b.full([batch.size, tokens], 0, torch.int64, x)
+            kept = b.scatter(empty, 1, chosen.keep, per_sample(b.arange(chosen.size, x)))
+            made.append(b.scatter(kept, 1, chosen.source, chosen.slot))
+        return made[0]
+
+    return assign
+
+
+def _stream_merge(weight: Any, chosen: Matched, child: TokenSpace) -> Any:
+    """Return a function that merges another stream value of the parent space in the same way."""
+
+    def merge(ctx: Context, value: Value, axis: int) -> Value:
+        b = ctx.builder
+        batch = value.batch_axis()
+        if batch is None:
+            ctx.fail("a value without a batch axis meets merged tokens")
+        front = [batch, axis, *(i for i in range(value.rank) if i not in (batch, axis))]
+        x = b.permute(value.handle, front)
+        rest = [b.size(x, i) for i in range(2, value.rank)]
+        flat = b.reshape(x, [b.size(x, 0), b.size(x, 1), -1]) if value.rank != 3 else x
+        own = None if weight is None else b.cast(weight, b.dtype(flat))
+        both = b.call(
+            torch.ops.tokcc.merge_tokens.default, flat, own, chosen.keep, chosen.source, chosen.slot, chosen.first
+        )
+        merged = b.call(operator.getitem, both, 0)
+        if value.rank != 3:
+            merged = b.reshape(merged, [b.size(merged, 0), b.size(merged, 1), *rest])
+        back = [front.index(i) for i in range(value.rank)]
+        axes = list(value.axes)
+        axes[axis] = (Factor(child, child.root.old),)
+        return value.having(handle=b.permute(merged, back), axes=tuple(axes))
+
+    return merge

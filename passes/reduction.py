@@ -1,0 +1,251 @@
+"""One planned reduction: score, select and reduce at a cut, making a child token space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from tokcc.analysis.rules.attention import key_bias
+from tokcc.analysis.sites import Sites
+from tokcc.analysis.walk import Walk
+from tokcc.errors import AxisError
+from tokcc.ir.space import Factor, TokenSpace
+from tokcc.ir.value import Value
+from tokcc.passes.budget import Count
+from tokcc.passes.cut import AttentionView, Cut
+from tokcc.passes.padding import padding_of
+from tokcc.passes.piece import Reducer, Score, Selector
+
+__all__ = ["PlannedReduction"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class PlannedReduction:
+    """A reduction at one cut.
+
+    Attributes:
+        step: 0-based policy step.
+        name: The step's name, for messages and node names.
+        where: The step's place in the policy, for messages.
+        node: ``prune`` or ``merge``.
+        layer: 0-based.
+        site: Which cut of the layer.
+        cut: Name of the node.
+        count: The budget there.
+        first: Protected leading tokens.
+        last: Protected trailing tokens.
+        score: Or None.
+        select: The selector.
+        reduce: The reducer.
+        restore: What to do where a rule needs all tokens.
+        seed: For random pieces.
+    """
+
+    step: int
+    name: str
+    where: str
+    node: str
+    layer: int
+    site: str
+    cut: str
+    count: Count
+    first: int
+    last: int
+    score: Score | None
+    select: Selector
+    reduce: Reducer
+    restore: str
+    seed: int
+    sites: Sites
+    made: list[TokenSpace]
+
+    def apply(self, walk: Walk, node: fx.Node, value: Value) -> Value:
+        """Emit the reduction and return the reduced stream."""
+        del node
+        try:
+            with walk.builder.inserting(f"{self.name}@{self.layer}"):
+                return self._apply(walk, value)
+        except AxisError as error:
+            raise AxisError(
+                f"cannot {self.node} tokens at layer {self.layer}: {error.what}",
+                policy=self.where,
+                node=error.node,
+                needed=error.needed,
+                found=error.found,
+                help=error.help,
+            ) from error
+
+    def _apply(self, walk: Walk, value: Value) -> Value:
+        b = walk.builder
+        assert walk.batch is not None
+        space, axis = _current_space(walk, value)
+        batch_axis = value.batch_axis()
+        if batch_axis is None or value.rank != 3:
+            walk.ctx.fail("the stream is not [batch, tokens, channels] at this cut")
+        x = value.handle if axis == 1 else b.transpose(value.handle, 0, 1)
+        if space.root.real is None:
+            space.root.real = padding_of(walk, self.sites, self.layer)
+        attention = _attention_source(walk, self.sites, space, self.layer)
+        cut = Cut(
+            ctx=walk.ctx,
+            x=x,
+            space=space,
+            batch=walk.batch,
+            layer=self.layer,
+            num_layers=len(self.sites.layers),
+            count=self.count,
+            first=self.first,
+            last=self.last,
+            seed=self.seed,
+            attention=attention,
+        )
+        score = None if self.score is None else self.score.emit(cut)
+        chosen = self.select.select(cut, score)
+        if not isinstance(chosen, self.reduce.takes):
+            walk.ctx.fail(f"`{self.reduce.kind}` cannot take what `{self.select.kind}` selects")
+        child = TokenSpace(
+            name=f"tokens/{self.layer}.{self.site}",
+            size=None,
+            old=space.root.old,
+            parent=space,
+            prefix=self.first,
+            suffix=self.last,
+            step=self.step,
+            restore=self.restore,
+        )
+        reduced = self.reduce.reduce(cut, chosen, child)
+        self.made.append(child)
+        axes = list(value.axes)
+        axes[axis] = (Factor(child, space.root.old),)
+        handle = reduced if axis == 1 else b.transpose(reduced, 0, 1)
+        return value.having(handle=handle, axes=tuple(axes), side=False)
+
+
+def _current_space(walk: Walk, value: Value) -> tuple[TokenSpace, int]:
+    for axis, factors in enumerate(value.axes):
+        if len(factors) == 1 and factors[0].space is not None and not factors[0].space.is_batch:
+            return factors[0].space, axis
+    walk.ctx.fail("the token axis is not known at this cut")
+
+
+def _attention_source(walk: Walk, sites: Sites, space: TokenSpace, own: int) -> Callable[..., AttentionView]:
+    """Return what reads a layer's attention in the current token space."""
+
+    def attention(layer: int | None = None) -> AttentionView:
+        block = sites.layers[own if layer is None else layer]
+        site = block.attention
+        if block.windowed is not None:
+            walk.ctx.fail(
+                "the attention of this layer runs in windows, so its scores do not compare all tokens",
+                help="use a score or metric on `features`",
+            )
+        names = (site.query, site.key, site.value)
+        query, key, value = (walk.env[walk.nodes[name]] for name in names)
+        if site.transposed:
+            key = key.having(
+                handle=walk.builder.transpose(key.handle, key.rank - 1, key.rank - 2),
+                axes=(*key.axes[:-2], key.axes[-1], key.axes[-2]),
+                old=(*key.old[:-2], key.old[-1], key.old[-2]),
+            )
+        q, k, v = (_canonical(walk, operand, space) for operand in (query, key, value))
+        q_heads, k_heads = walk.builder.shape(q)[1], walk.builder.shape(k)[1]
+        if q_heads != k_heads:
+            k = _repeat_heads(walk, k, q_heads // k_heads)
+        probs = None
+        if site.probs is not None:
+            table = walk.env[walk.nodes[site.probs]]
+            probs = _canonical_probs(walk, table, space)
+        mask = None if site.mask is None else _mask(walk, walk.env[walk.nodes[site.mask]], space)
+        bias = key_bias(walk.ctx, space, walk.builder.dtype(q)) if space.reduced else None
+        if bias is not None:
+            b = walk.builder
+            bias = b.unsqueeze(b.unsqueeze(bias, 1), 1)
+            mask = bias if mask is None else _joined(walk, mask, bias)
+        return AttentionView(q, k, v, mask, 1.0 if site.scale is None else site.scale, probs)
+
+    return attention
+
+
+def _joined(walk: Walk, mask: Any, bias: Any) -> Any:
+    from tokcc.analysis.rules.attention import masking_value
+
+    b = walk.builder
+    if b.dtype(mask) == torch.bool:
+        return b.where(mask, bias, masking_value(b.dtype(bias)))
+    return b.add(mask, bias)
+
+
+def _aligned(walk: Walk, value: Value, space: TokenSpace) -> Value:
+    """Bring every token axis of a value to the current space."""
+    for axis, factors in enumerate(value.axes):
+        for position, factor in enumerate(factors):
+            if factor.space is not None and not factor.space.is_batch and factor.space is not space:
+                value = walk.ctx.remap(value, axis, position, space, None)
+    return value
+
+
+def _canonical(walk: Walk, value: Value, space: TokenSpace) -> Any:
+    """Return ``[B, H, N, D]`` of a query, key or value in whatever layout the model has it."""
+    b = walk.builder
+    value = _aligned(walk, value, space)
+    lead = [f for axis in value.axes[:-2] for f in axis]
+    if not lead or lead[0].space is None or not lead[0].space.is_batch:
+        walk.ctx.fail("the attention's batch axis is not in front")
+    heads: Any = 1
+    for factor in lead[1:]:
+        heads = heads * factor.old
+    if value.rank == 4 and len(value.axes[0]) == 1:
+        return value.handle
+    assert walk.batch is not None
+    shape = [walk.batch.size, heads, b.size(value.handle, value.rank - 2), b.size(value.handle, value.rank - 1)]
+    return b.reshape(value.handle, shape)
+
+
+def _canonical_probs(walk: Walk, value: Value, space: TokenSpace) -> Any:
+    b = walk.builder
+    if any(s is not space for s in value.spaces):
+        walk.ctx.fail(
+            "the attention probabilities of an earlier layer are over other tokens",
+            help="score from the layer's own attention",
+        )
+    if value.rank == 4:
+        return value.handle
+    assert walk.batch is not None
+    heads: Any = 1
+    for factor in [f for axis in value.axes[:-2] for f in axis][1:]:
+        heads = heads * factor.old
+    tail = [b.size(value.handle, value.rank - 2), b.size(value.handle, value.rank - 1)]
+    return b.reshape(value.handle, [walk.batch.size, heads, *tail])
+
+
+def _repeat_heads(walk: Walk, key: Any, groups: int) -> Any:
+    b = walk.builder
+    sizes = [b.size(key, i) for i in range(4)]
+    wide = b.expand(b.unsqueeze(key, 2), [sizes[0], sizes[1], groups, sizes[2], sizes[3]])
+    return b.reshape(wide, [sizes[0], sizes[1] * groups, sizes[2], sizes[3]])
+
+
+def _mask(walk: Walk, mask: Value, space: TokenSpace) -> Any:
+    """Bring a mask to ``[B or 1, H or 1, N or 1, N]`` in the current space."""
+    ctx = walk.ctx
+    assert walk.batch is not None
+    mask = ctx.pad_rank(mask, 4)
+    root = space.root
+    axes = list(mask.axes)
+    if axes[0]:
+        axes[0] = (Factor(walk.batch, walk.batch.old),)
+    for axis in (2, 3):
+        if axes[axis] and not any(f.space is not None for f in axes[axis]):
+            axes[axis] = (Factor(root, root.old),)
+    mask = mask.having(axes=tuple(axes))
+    batch = (0, (Factor(walk.batch, walk.batch.old),))
+    for axis in (2, 3):
+        if mask.axes[axis] and mask.axes[axis][0].space is not space:
+            mask = ctx.remap(mask, axis, 0, space, batch)
+    return mask.handle

@@ -1,0 +1,7 @@
+"""``python -m tokcc`` is the program ``tokcc``."""
+
+import sys
+
+from tokcc.cli import main
+
+sys.exit(main())

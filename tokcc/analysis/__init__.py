@@ -1,0 +1,1 @@
+"""What is known about a program: axis rules, sites, token spaces, costs."""

@@ -1,0 +1,484 @@
+"""What an axis rule works with: the builder, the spaces, and the operations that move values between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import fx
+
+from tokcc.errors import AxisError
+from tokcc.ir.builder import Builder, same_size
+from tokcc.ir.space import Axis, Factor, TokenSpace, common_descendant, is_ancestor
+from tokcc.ir.value import Value
+
+__all__ = ["Context", "Group", "describe_shape"]
+
+aten = torch.ops.aten
+Group = list[tuple[int, int]]
+"""Axes that must agree: pairs of (operand, axis)."""
+
+
+def describe_shape(shape: Sequence[Any]) -> str:
+    """Return ``[B, 65, 64]`` for messages."""
+    return "[" + ", ".join(str(size) for size in shape) + "]"
+
+
+@dataclass
+class Context:
+    """The state of one walk over a program, as rules see it.
+
+    Attributes:
+        builder: Emits operations.
+        node: The old node in work.
+        clean: True when no operand is in a reduced space: the node is copied and only its axes are derived.
+        original: The mapped arguments of the old node, for copying.
+        recompute: Evaluates an old side-tensor node again in a reduced space; set by the walk.
+    """
+
+    builder: Builder
+    node: fx.Node | None = None
+    clean: bool = True
+    original: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    recompute: Callable[[Any, TokenSpace], Any] | None = None
+    old_shape_of: Callable[[fx.Node], tuple[Any, ...]] | None = None
+    _index: dict[tuple[TokenSpace, TokenSpace], Any] = field(default_factory=dict)
+    _remapped: dict[Any, Any] = field(default_factory=dict)
+
+    # messages ---------------------------------------------------------------------------------------------------------
+
+    def fail(self, what: str, *, needed: str | None = None, help: str | None = None) -> NoReturn:  # noqa: A002 - as shown
+        """Raise an :class:`AxisError` that names the node in work."""
+        raise AxisError(
+            what,
+            node=self.describe(),
+            needed=needed,
+            help=help
+            or "add `restore: unmerge` (merge) or `restore: scatter` (prune) to the step, or choose other layers "
+            "(`tokcc inspect MODEL` lists them)",
+        )
+
+    def describe(self) -> str:
+        """Return the node's name, module path and shapes."""
+        node = self.node
+        if node is None:
+            return "-"
+        stack = node.meta.get("nn_module_stack") or {}
+        path = next((str(entry[0]) for entry in reversed(list(stack.values())) if entry[0]), "")
+        shapes = [describe_shape(n.meta["val"].shape) for n in node.all_input_nodes if _is_tensor(n)]
+        out = describe_shape(node.meta["val"].shape) if _is_tensor(node) else "?"
+        name = getattr(node.target, "__name__", str(node.target))
+        return f"{node.name} ({path or name}): {', '.join(shapes) or '-'} -> {out}  [{name}]"
+
+    # emission -----------------------------------------------------------------------------------------------------------
+
+    def emit(self, *args: Any, **kwargs: Any) -> Any:
+        """Emit the node in work with new arguments, or copy it where nothing it reads is reduced."""
+        assert self.node is not None
+        if self.clean:
+            args, kwargs = self.original
+            return self.builder.call(self.node.target, *args, like=self.node, **kwargs)
+        return self.builder.call(self.node.target, *args, **kwargs)
+
+    def old_shape(self, node: fx.Node | None = None) -> tuple[Any, ...]:
+        """Return the shape that a node (default: the node in work) has in the unreduced graph."""
+        assert self.old_shape_of is not None
+        target = node or self.node
+        assert target is not None
+        return self.old_shape_of(target)
+
+    # sizes --------------------------------------------------------------------------------------------------------------
+
+    def factor_size(self, factor: Factor) -> Any:
+        """Return a factor's current size as an argument."""
+        if factor.space is not None:
+            return factor.space.size
+        if isinstance(factor.old, int):
+            return factor.old
+        self.fail(
+            f"the size {factor.old} of an axis without tokens is not known in the reduced graph",
+            help="make that dimension static",
+        )
+
+    def axis_size(self, axis: Axis) -> Any:
+        """Return the product of a fused axis's current sizes."""
+        size: Any = 1
+        for factor in axis:
+            size = self.builder.mul_sizes(size, self.factor_size(factor))
+        return size
+
+    def value_size(self, value: Value, axis: int) -> Any:
+        """Return the current size of one axis of a value as an argument."""
+        return self.builder.size(value.handle, axis)
+
+    # moving between spaces ----------------------------------------------------------------------------------------------
+
+    def index_between(self, source: TokenSpace, target: TokenSpace) -> Any:
+        """Return positions in ``source`` of each token of ``target``: int64 ``[B, K]`` or ``[K]``."""
+        key = (source, target)
+        if key in self._index:
+            return self._index[key]
+        assert target.parent is not None
+        last = self.own_index(target)
+        if target.parent is source:
+            result = last
+        else:
+            result = self._compose(self.index_between(source, target.parent), last)
+        self._index[key] = result
+        return result
+
+    def own_index(self, space: TokenSpace) -> Any:
+        """Return a space's index into its parent, making it where the space is derived."""
+        b = self.builder
+        if space.index is None and space.tail_of is not None:
+            whole, first = space.tail_of
+            inner = self.own_index(whole)
+            axis = len(b.shape(inner)) - 1
+            space.index = b.sub(b.slice(inner, axis, first), first)
+        if space.index is None and space.rows is not None:
+            space.index = b.constant("tokcc_rows", torch.tensor(space.rows, dtype=torch.int64))
+        return space.index
+
+    def _compose(self, outer: Any, inner: Any) -> Any:
+        b = self.builder
+        outer_rank, inner_rank = len(b.shape(outer)), len(b.shape(inner))
+        if outer_rank == 2 and inner_rank == 2:
+            return b.gather(outer, 1, inner)
+        if inner_rank == 1:
+            return b.call(aten.index_select.default, outer, outer_rank - 1, inner)
+        return b.call(aten.index.Tensor, outer, [inner])
+
+    def tail(self, space: TokenSpace, first: int) -> TokenSpace:
+        """Return the sub-space of all tokens but the ``first`` ones, which must be protected."""
+        if first == 0:
+            return space
+        if first not in space.tails:
+            parent = None if space.parent is None else self.tail(space.parent, first)
+            b = self.builder
+            cut = None if space.weight is None else b.slice(space.weight, 1, first)
+            mask = None if space.valid is None else b.slice(space.valid, 1, first)
+            space.tails[first] = TokenSpace(
+                name=f"{space.name}[{first}:]",
+                size=b.sub_sizes(space.size, first),
+                old=space.old - first,
+                parent=parent,
+                weight=cut,
+                valid=mask,
+                bias=space.bias,
+                ascending=space.ascending,
+                suffix=space.suffix,
+                step=space.step,
+                restore=space.restore,
+                tail_of=(space, first),
+            )
+        return space.tails[first]
+
+    def remap(self, value: Value, axis: int, position: int, target: TokenSpace, batch: tuple[int, Axis] | None) -> Value:
+        """Bring one factor of one axis of a value down to a space below its own.
+
+        Args:
+            value: The value; an untagged factor is taken to be in the root space.
+            axis: Which axis.
+            position: Which factor of it.
+            target: The space to go to.
+            batch: For a value without a batch axis: the axis (of size one in the value) where the batch stands, and that
+                axis's factors.
+        """
+        factor = value.axes[axis][position]
+        source = factor.space or target.root
+        if source is target:
+            axes = _with_factor(value.axes, axis, position, Factor(target, target.root.old, factor.normalised))
+            return value.having(axes=axes)
+        if not is_ancestor(source, target):
+            self.fail(f"tokens of {source!r} meet tokens of {target!r}, which was not made from them")
+        if factor.normalised:
+            self.fail("attention probabilities over all tokens would lose their sum if tokens were dropped from them")
+        # Layers that share a mask share its gather. The handle is kept beside the result, so its id stays taken.
+        spaces = tuple(tuple(f.space for f in a) for a in value.axes)
+        key = (id(value.handle), spaces, axis, position, target, None if batch is None else batch[0])
+        if key not in self._remapped:
+            self._remapped[key] = (value.handle, self._remap(value, axis, position, source, target, batch))
+        return self._remapped[key][1]  # type: ignore[no-any-return]  # a Value, stored above
+
+    def _remap(
+        self,
+        value: Value,
+        axis: int,
+        position: int,
+        source: TokenSpace,
+        target: TokenSpace,
+        batch: tuple[int, Axis] | None,
+    ) -> Value:
+        if any(len(a) > 1 for a in value.axes):
+            return self._remap_fused(value, axis, position, target, batch)
+        path = [space for space in target.chain if is_ancestor(source, space) and space is not source]
+        if not value.side and self.builder.dtype(value.handle).is_floating_point and any(s.merge for s in path):
+            for space in path:
+                value = space.merge(self, value, axis) if space.merge else self._gather(value, axis, space, batch)
+            return value
+        if len(path) == 1 and target.rows is not None:
+            return self._take_rows(value, axis, target)
+        return self._gather(value, axis, target, batch)
+
+    def _gather(self, value: Value, axis: int, target: TokenSpace, batch: tuple[int, Axis] | None) -> Value:
+        b = self.builder
+        source = (value.axes[axis][0].space if value.axes[axis] else None) or target.root
+        index = self.index_between(source, target)
+        axes = list(value.axes)
+        axes[axis] = (Factor(target, target.root.old),)
+        if len(b.shape(index)) == 1:
+            handle = b.call(aten.index_select.default, value.handle, axis, index)
+            return value.having(handle=handle, axes=tuple(axes))
+        where = value.batch_axis()
+        if where is None:
+            if batch is None:
+                self.fail("a table shared by all samples meets tokens chosen per sample, and the batch axis is not known")
+            where, factors = batch
+            axes[where] = tuple(f for f in factors if f.space is not None and f.space.is_batch)
+        handle = b.call(torch.ops.tokcc.gather_tokens.default, value.handle, index, axis, where)
+        gathered = value.having(handle=handle, axes=tuple(axes))
+        if batch is not None and len(batch[1]) > 1 and value.batch_axis() is None:
+            gathered = self._fuse_batch(gathered, where, batch[1])
+        return gathered
+
+    def _fuse_batch(self, value: Value, axis: int, factors: Axis) -> Value:
+        """Repeat a per-sample value over the other factors of a fused batch axis such as ``B*H``."""
+        b = self.builder
+        shape: list[Any] = [b.size(value.handle, i) for i in range(value.rank)]
+        place = next(i for i, f in enumerate(factors) if f.space is not None and f.space.is_batch)
+        handle = value.handle
+        for i in range(len(factors)):
+            if i != place:
+                handle = b.unsqueeze(handle, axis + i)
+        wide = [*shape[:axis], *(self.factor_size(f) for f in factors), *shape[axis + 1 :]]
+        handle = b.expand(handle, wide)
+        handle = b.reshape(handle, [*shape[:axis], self.axis_size(factors), *shape[axis + 1 :]])
+        axes = list(value.axes)
+        axes[axis] = factors
+        return value.having(handle=handle, axes=tuple(axes))
+
+    def _take_rows(self, value: Value, axis: int, target: TokenSpace) -> Value:
+        b = self.builder
+        rows = target.rows or ()
+        first, last = rows[0], rows[-1]
+        if rows == tuple(range(first, last + 1)):
+            handle = b.slice(value.handle, axis, first, last + 1)
+        else:
+            handle = b.call(aten.index_select.default, value.handle, axis, self.own_index(target))
+        axes = list(value.axes)
+        axes[axis] = (Factor(target, target.root.old),)
+        return value.having(handle=handle, axes=tuple(axes))
+
+    def _remap_fused(
+        self, value: Value, axis: int, position: int, target: TokenSpace, batch: tuple[int, Axis] | None
+    ) -> Value:
+        """Split fused axes, remap, and fuse them again."""
+        b = self.builder
+        if batch is not None and value.batch_axis() is None and any(
+            f.space is not None and f.space.is_batch for a in value.axes for f in a
+        ):
+            batch = None
+        flat: list[Axis] = []
+        place = 0
+        starts: list[int] = []
+        for i, a in enumerate(value.axes):
+            starts.append(len(flat))
+            if i == axis:
+                place = len(flat) + position
+            flat.extend([(f,) for f in a] if len(a) > 1 else [a])
+        shape = [self.axis_size(a) for a in flat]
+        old = tuple(_product(f.old for f in a) for a in flat)
+        split = value.having(handle=b.reshape(value.handle, shape), axes=tuple(flat), old=old)
+        if batch is not None:
+            batch = (starts[batch[0]], batch[1])
+        moved = self.remap(split, place, 0, target, batch)
+        axes: list[Axis] = []
+        for i, a in enumerate(value.axes):
+            width = max(1, len(a))
+            axes.append(tuple(f for part in moved.axes[starts[i] : starts[i] + width] for f in part))
+        handle = b.reshape(moved.handle, [self.axis_size(a) for a in axes])
+        return value.having(handle=handle, axes=tuple(axes))
+
+    # agreement of operands ----------------------------------------------------------------------------------------------
+
+    def align(self, values: Sequence[Value], groups: Sequence[Group]) -> tuple[list[Value], list[Axis]]:
+        """Bring operands whose axes must agree into common spaces.
+
+        Args:
+            values: The operands.
+            groups: For each joint axis, the (operand, axis) pairs that must agree; size-one axes broadcast.
+
+        Returns:
+            The operands after remaps, and the joint axis of each group.
+        """
+        joints = [self._joint(values, group) for group in groups]
+        batch_group = next(
+            (i for i, joint in enumerate(joints) if any(f.space is not None and f.space.is_batch for f in joint)), None
+        )
+        aligned: list[Value] = []
+        for operand, value in enumerate(values):
+            batch: tuple[int, Axis] | None = None
+            if batch_group is not None:
+                where = next((axis for op, axis in groups[batch_group] if op == operand), None)
+                batch = None if where is None else (where, joints[batch_group])
+            for group, joint in zip(groups, joints, strict=True):
+                for op, axis in group:
+                    if op == operand and joint and value.axes[axis]:
+                        value = self._bring(value, axis, joint, batch)  # noqa: PLW2901 - folded over its axes
+            aligned.append(value)
+        return aligned, joints
+
+    def _bring(self, value: Value, axis: int, joint: Axis, batch: tuple[int, Axis] | None) -> Value:
+        own = value.axes[axis]
+        if not any(f.space is not None for f in joint):
+            return value
+        if not any(f.space is not None for f in own):
+            # An untagged axis beside a tagged one was aligned with it in the original graph: it is in the root space.
+            root = tuple(Factor(f.space.root if f.space is not None else None, f.old) for f in joint)
+            value = value.having(axes=(*value.axes[:axis], root, *value.axes[axis + 1 :]))
+        for position, factor in enumerate(joint):
+            if factor.space is not None and value.axes[axis][position].space is not factor.space:
+                value = self.remap(value, axis, position, factor.space, batch)
+        return value
+
+    def _joint(self, values: Sequence[Value], group: Group) -> Axis:
+        wide = [values[op].axes[axis] for op, axis in group if values[op].axes[axis]]
+        if not wide:
+            return ()
+        tagged = [axis for axis in wide if any(f.space is not None for f in axis)]
+        if not tagged:
+            return wide[0]
+        joint = list(tagged[0])
+        for other in tagged[1:]:
+            if len(other) != len(joint):
+                self.fail("two operands fuse the token axis in different ways")
+            for i, (mine, theirs) in enumerate(zip(joint, other, strict=True)):
+                joint[i] = Factor(self._lower(mine, theirs), mine.old)
+        for axis in wide:
+            if axis not in tagged:
+                size = _product(f.old for f in axis)
+                root = _product(f.space.root.old if f.space is not None else f.old for f in joint)
+                if not same_size(size, root):
+                    self.fail(f"an operand of size {size} meets a token axis of size {root}")
+        return tuple(Factor(f.space, f.old) for f in joint)
+
+    def _lower(self, first: Factor, second: Factor) -> TokenSpace | None:
+        if first.space is None or second.space is None:
+            return first.space or second.space
+        lower = common_descendant(first.space, second.space)
+        if lower is None:
+            self.fail(f"tokens of {first.space!r} meet tokens of {second.space!r}: neither was made from the other")
+        return lower
+
+    def broadcast(self, values: Sequence[Value]) -> tuple[list[Value], tuple[Axis, ...], tuple[Any, ...]]:
+        """Align operands of a broadcasting operation.
+
+        Returns:
+            The operands after remaps, the axes of the result and its old shape.
+        """
+        rank = max(value.rank for value in values)
+        if not self.clean:
+            values = [self.pad_rank(value, rank) if value.side and value.rank else value for value in values]
+        groups: list[Group] = []
+        old: list[Any] = []
+        for p in range(-rank, 0):
+            group = [(i, v.rank + p) for i, v in enumerate(values) if v.rank + p >= 0]
+            groups.append(group)
+            sizes = [values[i].old[axis] for i, axis in group]
+            old.append(next((s for s in sizes if not (isinstance(s, int) and s == 1)), 1))
+        aligned, joints = self.align(values, groups)
+        return aligned, tuple(joints), tuple(old)
+
+    def pad_rank(self, value: Value, rank: int) -> Value:
+        """Add leading axes of size one."""
+        while value.rank < rank:
+            handle = self.builder.unsqueeze(value.handle, 0)
+            value = value.having(handle=handle, axes=((), *value.axes), old=(1, *value.old))
+        return value
+
+    # going back up ------------------------------------------------------------------------------------------------------
+
+    def restore(self, value: Value, axis: int, target: TokenSpace | None = None) -> Value:
+        """Bring one token axis back up to ``target`` (default: the root).
+
+        A merged token is given to all tokens it stands for; a dropped token gets the value it had when it was dropped
+        where the value is the residual stream itself, else zeros.
+        """
+        b = self.builder
+        (factor,) = value.axes[axis]
+        space = factor.space
+        assert space is not None
+        target = target or space.root
+        pending: Any = None
+        while space is not target:
+            assert space.parent is not None
+            if space.assign is not None:
+                own = space.assign(self) if callable(space.assign) else space.assign
+                pending = own if pending is None else b.gather(pending, 1, own)
+            else:
+                value = self._apply_assign(value, axis, pending, space)
+                pending = None
+                value = self._scatter_up(value, axis, space)
+            space = space.parent
+        value = self._apply_assign(value, axis, pending, target)
+        return value
+
+    def _apply_assign(self, value: Value, axis: int, assign: Any, space: TokenSpace) -> Value:
+        axes = list(value.axes)
+        axes[axis] = (Factor(space, space.root.old),)
+        if assign is None:
+            return value.having(axes=tuple(axes))
+        where = value.batch_axis()
+        if where is None:
+            self.fail("a value without a batch axis cannot be given back to its tokens")
+        handle = self.builder.call(torch.ops.tokcc.gather_tokens.default, value.handle, assign, axis, where)
+        return value.having(handle=handle, axes=tuple(axes))
+
+    def _scatter_up(self, value: Value, axis: int, space: TokenSpace) -> Value:
+        b = self.builder
+        parent = space.parent
+        assert parent is not None
+        where = value.batch_axis()
+        if where is None:
+            self.fail("a value without a batch axis cannot be given back to its tokens")
+        front = [where, axis, *(i for i in range(value.rank) if i not in (where, axis))]
+        x = b.permute(value.handle, front)
+        shape = [b.size(x, i) for i in range(value.rank)]
+        index = self.own_index(space)
+        if len(b.shape(index)) == 1:
+            index = b.expand(b.unsqueeze(index, 0), [shape[0], -1])
+        base = space.base
+        if base is None or len(b.shape(base)) != value.rank or not all(
+            same_size(p, q) for p, q in zip(b.shape(base)[2:], b.shape(x)[2:], strict=True)
+        ):
+            base = b.full([shape[0], parent.size, *shape[2:]], 0, b.dtype(x), x)
+        if space.valid is not None:
+            # Slots that hold no real token must not overwrite what they were filled with.
+            mask = space.valid
+            for _ in range(value.rank - 2):
+                mask = b.unsqueeze(mask, -1)
+            x = b.where(mask, x, b.call(torch.ops.tokcc.gather_tokens.default, base, index, 1, 0))
+        full = b.call(torch.ops.tokcc.scatter_tokens.default, base, index, x)
+        back = [front.index(i) for i in range(value.rank)]
+        axes = list(value.axes)
+        axes[axis] = (Factor(parent, parent.root.old),)
+        return value.having(handle=b.permute(full, back), axes=tuple(axes))
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _with_factor(axes: tuple[Axis, ...], axis: int, position: int, factor: Factor) -> tuple[Axis, ...]:
+    own = axes[axis]
+    changed = (*own[:position], factor, *own[position + 1 :])
+    return (*axes[:axis], changed, *axes[axis + 1 :])
+
+
+def _product(sizes: Any) -> Any:
+    result: Any = 1
+    for size in sizes:
+        result = result * size
+    return result

@@ -1,0 +1,189 @@
+"""Elementwise operations: operands broadcast, axes unify."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tokcc.analysis.context import Context
+from tokcc.ir.space import Axis, Factor, TokenSpace
+from tokcc.ir.value import Value
+
+__all__ = ["RULES", "pointwise"]
+
+aten = torch.ops.aten
+
+
+def pointwise(ctx: Context, *args: Any, **kwargs: Any) -> Value:
+    """Align all tensor operands by broadcasting and emit the operation."""
+    operands = [a for a in args if isinstance(a, Value) and a.axes is not None]
+    if len(operands) == 1:
+        (value,) = operands
+        handle = ctx.emit(*_handles(args), **_handles_kw(kwargs))
+        return value.having(handle=handle, side=value.side)
+    if any(v.totals for v in operands):
+        return _with_totals(ctx, args, kwargs, operands)
+    aligned, axes, old = ctx.broadcast(operands)
+    substituted = iter(aligned)
+    new_args = [next(substituted) if a in operands and isinstance(a, Value) else a for a in args]
+    handle = ctx.emit(*_handles(new_args), **_handles_kw(kwargs))
+    return Value(handle, axes, old, side=all(v.side for v in operands))
+
+
+def _with_totals(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Value]) -> Value:
+    """A sum over kept tokens may be scaled, and must in the end be divided by a count of the same tokens."""
+    assert ctx.node is not None
+    target = ctx.node.target
+    first, second = args[0], args[1]
+    if target is aten.div.Tensor and isinstance(first, Value) and first.totals and len(first.totals) == 1:
+        (space,) = first.totals
+        if not isinstance(second, Value):
+            ctx.fail("a sum over kept tokens is divided by a fixed number")
+        if second.totals:
+            if second.totals != first.totals:
+                ctx.fail("a sum over one token set is divided by a count of another")
+            count = second
+        else:
+            assert ctx.recompute is not None
+            count = ctx.recompute(ctx.node.args[1], space)
+        plain = [first.having(totals=frozenset()), count.having(totals=frozenset())]
+        aligned, axes, old = ctx.broadcast(plain)
+        handle = ctx.emit(*(v.handle for v in aligned), **_handles_kw(kwargs))
+        return Value(handle, axes, old)
+    if target is aten.mul.Tensor and len([v for v in operands if v.totals]) == 1:
+        aligned, axes, old = ctx.broadcast(operands)
+        handle = ctx.emit(*(v.handle for v in aligned), **_handles_kw(kwargs))
+        return Value(handle, axes, old, totals=frozenset[TokenSpace]().union(*(v.totals for v in operands)))
+    ctx.fail(
+        "a sum over the token axis is used as it is, but dropped tokens are missing from it",
+        needed="a mean, or a division by a count of the same tokens",
+    )
+
+
+def like_first(ctx: Context, *args: Any, **kwargs: Any) -> Value:
+    """Operations that take only shape, dtype or device of their other operands."""
+    value = args[0]
+    handle = ctx.emit(*_handles(args), **_handles_kw(kwargs))
+    return Value(handle, value.axes, value.old, side=value.side)
+
+
+def type_as(ctx: Context, x: Value, other: Value) -> Value:
+    """``x.type_as(y)``: only the dtype of ``y`` matters."""
+    if ctx.clean:
+        return x.having(handle=ctx.emit())
+    return x.having(handle=ctx.builder.cast(x.handle, ctx.builder.dtype(other.handle)))
+
+
+def softmax(ctx: Context, x: Value, dim: int, *rest: Any, **kwargs: Any) -> Value:
+    """Softmax over one axis; over tokens it becomes size-aware, masks empty slots, and its result sums to one."""
+    dim %= x.rank
+    axis = x.axes[dim]
+    handle = x.handle
+    if not ctx.clean:
+        for position, factor in enumerate(axis):
+            if factor.space is not None and not factor.space.is_batch and factor.space.reduced:
+                if len(axis) > 1:
+                    ctx.fail("softmax over a token axis that is fused with another axis")
+                handle = _add_bias(ctx, x.having(handle=handle), dim, factor.space)
+            del position
+    out = ctx.emit(handle, dim, *_handles(rest), **_handles_kw(kwargs))
+    marked: Axis = tuple(Factor(f.space, f.old, True) if f.space is not None else f for f in axis)
+    return x.having(handle=out, axes=(*x.axes[:dim], marked, *x.axes[dim + 1 :]))
+
+
+def _add_bias(ctx: Context, logits: Value, dim: int, space: TokenSpace) -> Any:
+    from tokcc.analysis.rules.attention import key_bias
+
+    bias = key_bias(ctx, space, ctx.builder.dtype(logits.handle))
+    if bias is None:
+        return logits.handle
+    b = ctx.builder
+    batch = next(
+        (i for i, a in enumerate(logits.axes) if any(f.space is not None and f.space.is_batch for f in a)), None
+    )
+    if batch is None:
+        ctx.fail("softmax over chosen tokens, and the batch axis is not known")
+    factors = logits.axes[batch]
+    for f in factors:
+        # [B, K] -> [B, 1, K] for a fused (B, H) axis, expanded below.
+        if f.space is None:
+            bias = b.unsqueeze(bias, 1)
+    if len(factors) > 1:
+        if factors[0].space is None:
+            ctx.fail("softmax over chosen tokens with the batch fused behind another axis")
+        bias = b.expand(bias, [*(ctx.factor_size(f) for f in factors), -1])
+        bias = b.reshape(bias, [ctx.axis_size(factors), space.size])
+    if batch > dim:
+        ctx.fail("softmax over chosen tokens with the batch axis behind the token axis")
+    for _ in range(logits.rank - 1 - dim):
+        bias = b.unsqueeze(bias, -1)
+    for _ in range(dim - batch - 1):
+        bias = b.unsqueeze(bias, 1)
+    return b.add(logits.handle, bias)
+
+
+def _handles(args: Any) -> list[Any]:
+    return [_handle(a) for a in args]
+
+
+def _handles_kw(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: _handle(value) for name, value in kwargs.items()}
+
+
+def _handle(value: Any) -> Any:
+    if isinstance(value, Value):
+        return value.handle
+    if isinstance(value, list | tuple):
+        return type(value)(_handle(v) for v in value)
+    return value
+
+
+RULES: dict[Any, Any] = {
+    aten.softmax.int: softmax,
+    aten._softmax.default: softmax,
+    aten.log_softmax.int: softmax,
+    aten._log_softmax.default: softmax,
+    aten.type_as.default: type_as,
+    **dict.fromkeys(
+        (
+            aten._to_copy.default,
+            aten.to.dtype,
+            aten.clone.default,
+            aten.contiguous.default,
+            aten.alias.default,
+            aten.detach.default,
+            aten.dropout.default,
+            aten.lift_fresh_copy.default,
+            aten.zeros_like.default,
+            aten.ones_like.default,
+            aten.full_like.default,
+            aten.empty_like.default,
+        ),
+        like_first,
+    ),
+    **dict.fromkeys(
+        (
+            aten.__and__.Tensor,
+            aten.__or__.Tensor,
+            aten.__xor__.Tensor,
+            aten.masked_fill.Scalar,
+            aten.masked_fill.Tensor,
+            aten.where.ScalarOther,
+            aten.where.ScalarSelf,
+            aten.where.self,
+            aten.gelu.default,
+            aten.silu.default,
+            aten.mish.default,
+            aten.softplus.default,
+            aten.relu.default,
+            aten.leaky_relu.default,
+            aten.hardtanh.default,
+            aten.hardswish.default,
+            aten.elu.default,
+            aten.clamp.default,
+            aten.pow.Tensor_Scalar,
+        ),
+        pointwise,
+    ),
+}

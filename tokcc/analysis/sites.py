@@ -1,0 +1,308 @@
+"""Where a reduction can be inserted: the residual stream, its layers and their cuts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from tokcc.analysis.attention_sites import AttentionSite, attention_sites
+from tokcc.analysis.dominators import Stream, find_stream
+from tokcc.analysis.walk import Entry, Walk
+from tokcc.errors import AxisError, PlanError
+from tokcc.ir.builder import GraphBuilder, same_size
+from tokcc.ir.edit import fake_mode_of
+from tokcc.ir.program import Program
+from tokcc.ir.value import Value
+
+__all__ = ["CutName", "Layer", "Sites", "find_sites"]
+
+aten = torch.ops.aten
+CutName = Literal["after_attention", "block_output", "encoder_output"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer block.
+
+    Attributes:
+        index: 0-based.
+        attention: Its self-attention.
+        after_attention: Name of the stream node after the attention's residual (and norm, in post-norm models).
+        block_output: Name of the stream node that leaves the block.
+        label: Module path from the trace, for messages only.
+        windowed: Why the attention does not run over the stream's token axis, or None when it does.
+    """
+
+    index: int
+    attention: AttentionSite
+    after_attention: str | None
+    block_output: str | None
+    label: str
+    windowed: AxisError | None = None
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What :func:`find_sites` found.
+
+    Attributes:
+        entry: Where the residual stream begins.
+        layers: The blocks, in order.
+        encoder_output: Name of the last node that everything passes and that still has the token axis.
+        tokens: Number of tokens at the entry: int or ``SymInt``.
+        batch: Batch size at the entry: int or ``SymInt``.
+        prefix: Number of special tokens (class, distillation, registers) before the others.
+        suffix: The same behind them.
+        axes: Axes of every value of the unreduced program, by node name.
+        lost: Why the axes of a node could not be derived, by node name.
+        order: Execution order by node name.
+    """
+
+    entry: Entry
+    layers: tuple[Layer, ...]
+    encoder_output: str
+    tokens: Any
+    batch: Any
+    prefix: int
+    suffix: int
+    axes: dict[str, Value] = field(repr=False)
+    lost: dict[str, AxisError] = field(repr=False)
+    order: dict[str, int] = field(repr=False)
+
+    def has_tokens(self, name: str) -> bool:
+        """Return True when a node's value carries the token axis."""
+        value = self.axes.get(name)
+        return isinstance(value, Value) and bool(value.spaces)
+
+    def cut(self, layer: int, site: CutName) -> str | None:
+        """Return the node of a cut, or None where the model has none."""
+        if site == "encoder_output":
+            return self.encoder_output
+        block = self.layers[layer]
+        return block.after_attention if site == "after_attention" else block.block_output
+
+
+def find_sites(program: Program) -> Sites:
+    """Find the residual stream, its layers and cuts by structure; module paths only label them.
+
+    Insertion cuts are the dominators of the output along floating-point edges that more than one computation reads:
+    two for each attention, after it and after the block.
+
+    Raises:
+        PlanError: When the model has no attention, or no residual stream with a token axis.
+    """
+    stream = find_stream(program)
+    attentions = attention_sites(program)
+    nodes = {node.name: node for node in program.graph.nodes}
+    if stream is not None:
+        attentions = [a for a in attentions if nodes[a.output] in stream.reached]
+    if stream is None or not attentions:
+        raise PlanError(
+            "no attention found",
+            needed="a transformer: scaled_dot_product_attention, or matmul-softmax-matmul",
+            found="none on the way from the inputs to the outputs",
+            help="token reduction applies to transformers; check that the right module was exported",
+        )
+    entry_node = _entry(stream, nodes[attentions[0].output])
+    walk = _annotate(program, entry_node, attentions[0])
+    axes = {node.name: value for node, value in walk.env.items() if isinstance(value, Value)}
+    assert walk.entry is not None
+    assert walk.tokens is not None
+    assert walk.batch is not None
+    layers = _layers(stream, attentions, axes, walk, nodes, entry_node)
+    place = (walk.entry.token_axis, walk.entry.batch_axis)
+    tokened = [
+        d
+        for d in stream.dominators
+        if d.name in axes and (axes[d.name].axis_of(walk.tokens), axes[d.name].batch_axis()) == place
+    ]
+    prefix, suffix = _special_tokens(program, entry_node, walk.entry.token_axis, axes)
+    return Sites(
+        entry=walk.entry,
+        layers=tuple(layers),
+        encoder_output=(tokened[-1] if tokened else entry_node).name,
+        tokens=walk.tokens.old,
+        batch=walk.batch.old,
+        prefix=prefix,
+        suffix=suffix,
+        axes=axes,
+        lost=walk.lost,
+        order={node.name: i for node, i in stream.order.items()},
+    )
+
+
+def _entry(stream: Stream, first: fx.Node) -> fx.Node:
+    """The last branching dominator before the first attention."""
+    before = [d for d in stream.dominators if stream.order[d] < stream.order[first]]
+    points = [d for d in before if stream.branching(d) and d.meta["val"].ndim >= 3]
+    chosen = points[-1] if points else None
+    if chosen is None or chosen.meta["val"].ndim != 3:
+        raise PlanError(
+            "no residual stream found before the first attention",
+            node=first.name,
+            needed="a value [batch, tokens, channels] that both the attention and its residual read",
+            found="none" if chosen is None else f"{chosen.name} {list(chosen.meta['val'].shape)}",
+            help="models without residual connections, or with images as 4-D streams, are not supported",
+        )
+    return chosen
+
+
+def _annotate(program: Program, entry: fx.Node, first: AttentionSite) -> Walk:
+    """Derive all axes; the token axis of the entry is the one that lands on the first attention's query rows."""
+    walks: list[Walk] = []
+    for token_axis, batch_axis in ((1, 0), (0, 1)):
+        walk = Walk(program, GraphBuilder(fake_mode_of(program)), Entry(entry.name, token_axis, batch_axis))
+        walk.run()
+        query = walk.env[walk.nodes[first.query]]
+        if isinstance(query, Value) and len(query.axes) >= 3 and any(f.space is walk.tokens for f in query.axes[-2]):
+            return walk
+        walks.append(walk)
+    return walks[0]
+
+
+def _layers(
+    stream: Stream,
+    attentions: list[AttentionSite],
+    axes: dict[str, Value],
+    walk: Walk,
+    nodes: dict[str, fx.Node],
+    entry: fx.Node,
+) -> list[Layer]:
+    own = [a for a in attentions if _is_self_attention(a, axes, walk, nodes)]
+    layers: list[Layer] = []
+    for i, attention in enumerate(own):
+        start = stream.order[nodes[attention.output]]
+        following = stream.order[nodes[own[i + 1].output]] if i + 1 < len(own) else len(stream.order)
+        between = [d for d in stream.dominators if start < stream.order[d] < following]
+        with_tokens = [d for d in between if d.name in axes and axes[d.name].spaces] or (
+            [d for d in between if d.meta["val"].ndim == 3] if not axes[entry.name].spaces else []
+        )
+        points = [d for d in with_tokens if stream.branching(d)]
+        after, output = _cuts(points, with_tokens, last=i + 1 == len(own))
+        windowed = None
+        query = axes.get(attention.query)
+        if query is None or not query.spaces:
+            windowed = _why_lost(nodes[attention.query], walk)
+        layers.append(
+            Layer(
+                index=i,
+                attention=attention,
+                after_attention=None if after is None else after.name,
+                block_output=None if output is None else output.name,
+                label=_label(nodes[attention.output]),
+                windowed=windowed,
+            )
+        )
+    return layers
+
+
+def _cuts(points: list[fx.Node], between: list[fx.Node], *, last: bool) -> tuple[fx.Node | None, fx.Node | None]:
+    if not points:
+        # A last block that only feeds a head: its dominators have one user each.
+        return (None, between[-1]) if between and last else (None, None)
+    after = points[0]
+    if len(points) > 1 and not last:
+        return after, points[-1]
+    behind = between[between.index(after) + 1 :]
+    if not last:
+        # One point per attention: a parallel block, whose only cut is its output.
+        return None, after
+    if not behind:
+        return None, after
+    if after.target in (aten.layer_norm.default, aten.rms_norm.default):
+        norms = [d for d in behind if d.target is after.target]
+        return after, norms[0] if norms else behind[0]
+    return after, behind[0]
+
+
+def _is_self_attention(site: AttentionSite, axes: dict[str, Value], walk: Walk, nodes: dict[str, fx.Node]) -> bool:
+    """Queries and keys are both tokens of the stream, or (windows) both come from the stream with lost axes."""
+    query, key = axes.get(site.query), axes.get(site.key)
+    if query is None or key is None or query.rank < 3:
+        return False
+    rows = query.axes[-2]
+    columns = key.axes[-1 if site.transposed else -2]
+    own = walk.tokens
+    if any(f.space is own for f in rows):
+        return any(f.space is own for f in columns)
+    if any(f.space is own for f in columns):
+        return False
+    return _why_lost(nodes[site.query], walk) is not None and same_size(query.old[-2], key.old[-1 if site.transposed else -2])
+
+
+def _why_lost(node: fx.Node, walk: Walk) -> AxisError | None:
+    """The nearest refused operation on the way back from a node."""
+    seen: set[fx.Node] = set()
+    front = [node]
+    while front:
+        current = front.pop(0)
+        if current.name in walk.lost:
+            return walk.lost[current.name]
+        for operand in current.all_input_nodes:
+            if operand not in seen and len(seen) < 200:
+                seen.add(operand)
+                front.append(operand)
+    return None
+
+
+def _label(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]) for entry in stack.values() if entry[0]]
+    return paths[-1] if paths else node.name
+
+
+def _special_tokens(program: Program, entry: fx.Node, axis: int, axes: dict[str, Value]) -> tuple[int, int]:
+    """Count leading and trailing special tokens.
+
+    They are concatenated to the patches before the entry, or a head selects them by position.
+    """
+    before, behind = _concatenated(entry, axis)
+    for node in program.graph.nodes:
+        operand = node.args[0] if node.args else None
+        if not isinstance(operand, fx.Node) or operand.name not in axes:
+            continue
+        value = axes[operand.name]
+        if node.target is aten.select.int:
+            dim, index = node.args[1], node.args[2]
+            if isinstance(dim, int) and isinstance(index, int) and value.axes[dim % value.rank] and any(
+                f.space is not None and not f.space.is_batch for f in value.axes[dim % value.rank]
+            ):
+                before, behind = (max(before, index + 1), behind) if index >= 0 else (before, max(behind, -index))
+    return before, behind
+
+
+def _concatenated(entry: fx.Node, axis: int) -> tuple[int, int]:
+    node: Any = entry
+    size = entry.meta["val"].shape[axis]
+    for _ in range(24):
+        if not isinstance(node, fx.Node) or node.op != "call_function":
+            return 0, 0
+        if node.target is aten.cat.default:
+            parts: Any = node.args[0]
+            dim = (node.args[1] if len(node.args) > 1 else 0) % entry.meta["val"].ndim
+            sizes = [part.meta["val"].shape[dim] for part in parts]
+            if dim == axis and not all(isinstance(s, int) and s > 64 for s in sizes):
+                widest = max(range(len(sizes)), key=lambda i: _hint(sizes[i]))
+                before, behind = sizes[:widest], sizes[widest + 1 :]
+                if all(isinstance(s, int) for s in (*before, *behind)):
+                    return sum(before), sum(behind)
+            return 0, 0
+        same = [
+            n
+            for n in node.all_input_nodes
+            if isinstance(n.meta.get("val"), torch.Tensor)
+            and n.op == "call_function"
+            and n.meta["val"].ndim == entry.meta["val"].ndim
+            and same_size(n.meta["val"].shape[axis], size)
+        ]
+        if not same:
+            return 0, 0
+        node = same[0]
+    return 0, 0
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint or 0) if size.node.has_hint() else 2**31

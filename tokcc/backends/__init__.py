@@ -1,0 +1,1 @@
+"""Writing engines and bundles."""

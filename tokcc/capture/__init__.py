@@ -1,0 +1,1 @@
+"""Model forms to programs: loading, tracing and cleaning."""

@@ -1,0 +1,190 @@
+"""``tokcc compile``: the main job."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokcc.cli.output import Json, Output, Quiet, Verbose
+from tokcc.cli.shapes import shape_range
+from tokcc.errors import GateError, SpeedGateError, UsageError
+
+if TYPE_CHECKING:
+    from tokcc.backends.bundle import Bundle
+
+__all__ = ["Backend", "Dynamic", "Inputs", "Model", "Task", "Unpickle", "compile_command", "missed_gate", "show_bundle"]
+
+
+class Backend(StrEnum):
+    """What an engine can be written for."""
+
+    ONNX = "onnx"
+    AOTI = "aoti"
+    PT2 = "pt2"
+    TENSORRT = "tensorrt"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A torch.export archive (.pt2, .pt), a `file.py:factory`, a Hugging Face folder (with --task), "
+        "or a pickled module (with --allow-pickle).",
+        show_default=False,
+    ),
+]
+Inputs = Annotated[
+    list[str] | None, typer.Option("--input", metavar="NAME=DTYPE[DIMS]", help="An input, where the model has none.")
+]
+Dynamic = Annotated[
+    list[str] | None, typer.Option("--dynamic", metavar="NAME:AXIS=MIN..MAX", help="An axis that stays dynamic.")
+]
+Task = Annotated[str | None, typer.Option(help="What a Hugging Face model is for, such as image-classification.")]
+Unpickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Load a pickled module: this runs code from the file, so trust it first.")
+]
+
+
+def compile_command(
+    model: Model,
+    policy: Annotated[
+        str | None,
+        typer.Option("--policy", "-p", help="A policy file, a preset's name, or `none`.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The folder for the bundle.", show_default=False)
+    ] = None,
+    backend: Annotated[
+        list[Backend] | None, typer.Option(help="An engine to write; repeatable. Default: onnx.")
+    ] = None,
+    calib: Annotated[
+        Path | None, typer.Option("--calib", metavar="PATH", help="Data to measure on: images, texts, or .npz files.")
+    ] = None,
+    inputs: Inputs = None,
+    dynamic: Dynamic = None,
+    min_shapes: Annotated[str | None, typer.Option(metavar="NAME:1x3x224x224,...", help="Smallest shapes.")] = None,
+    opt_shapes: Annotated[str | None, typer.Option(metavar="NAME:8x3x224x224,...", help="Typical shapes.")] = None,
+    max_shapes: Annotated[str | None, typer.Option(metavar="NAME:32x3x224x224,...", help="Largest shapes.")] = None,
+    opset: Annotated[int, typer.Option(help="ONNX opset of the engine.")] = 18,
+    dtype: Annotated[str | None, typer.Option(help="Floating-point type of the engine, such as float16.")] = None,
+    atol: Annotated[float | None, typer.Option(help="Absolute tolerance of the parity check.")] = None,
+    rtol: Annotated[float | None, typer.Option(help="Relative tolerance of the parity check.")] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gate", metavar="CONDITION", help="Fail unless it holds: 'top1_agreement>=0.98', 'speedup>=1.2'."
+        ),
+    ] = None,
+    task: Task = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan only: show what would happen, write nothing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing bundle.")] = False,
+    keep_baseline: Annotated[
+        bool, typer.Option("--keep-baseline", help="Keep the engine without reduction, to compare with.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of random inputs and of the order of timed runs.")] = 0,
+    allow_pickle: Unpickle = False,
+    no_calibrate: Annotated[
+        bool, typer.Option("--no-calibrate", help="Skip measuring: no latency, no fidelity; parity is always checked.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compile a model with a policy into a bundle: engines, report, manifest."""
+    out = Output(json=json, quiet=quiet, verbose=verbose)
+    with out.running():
+        shapes = shape_range(min_shapes, opt_shapes, max_shapes)
+        loading: dict[str, Any] = {
+            "inputs": tuple(inputs or ()),
+            "dynamic": (*(dynamic or ()), *(shapes.dynamic() if shapes else ())),
+            "task": task,
+            "allow_pickle": allow_pickle,
+        }
+        if policy is None:
+            _advise(out, model, loading)
+        if output is None and not dry_run:
+            raise UsageError("--output is missing", help="for instance `-o out/`; or look first with --dry-run")
+        if no_calibrate and (calib is not None or gate):
+            raise UsageError("--no-calibrate forbids what --calib and --gate need", help="leave one of them out")
+        from tokcc import pipeline
+
+        result: Any = pipeline.compile(
+            model,
+            policy,
+            **loading,
+            backends=tuple(kind.value for kind in backend or [Backend.ONNX]),
+            output=output,
+            calibration=calib,
+            gates=gate or None,
+            opset=opset,
+            dtype=dtype,
+            atol=atol,
+            rtol=rtol,
+            force=force,
+            seed=seed,
+            calibrate=not no_calibrate,
+            keep_baseline=keep_baseline,
+            dry_run=dry_run,
+            progress=out.progress(),
+        )
+        if dry_run:
+            from tokcc.cli.tree import as_tree
+
+            plan = result.to_dict()
+            out.data(plan)
+            out.show(as_tree("plan", plan))
+            return
+        show_bundle(out, result)
+        missed_gate(result)
+
+
+def _advise(out: Output, model: str, loading: dict[str, Any]) -> None:
+    """Say what fits the model, since no policy is given."""
+    from tokcc import pipeline
+    from tokcc.cli.tree import as_tree
+
+    found = pipeline.inspect(model, **loading, progress=out.progress()).to_dict()
+    out.show(as_tree("presets", found.get("presets", found)))
+    raise UsageError("--policy is missing", help="choose a preset above: `--policy NAME`, or write a policy file")
+
+
+def show_bundle(out: Output, bundle: Bundle) -> None:
+    """Print what a compile or a calibration gave."""
+    from tokcc.cli.summary import layer_table, total_lines
+
+    report = bundle.report
+    out.data(
+        {
+            "bundle": str(bundle.path),
+            "state": bundle.manifest.state,
+            "engines": {name: str(bundle.engine(name)) for name in bundle.manifest.backends},
+            "report": report.model_dump(mode="json"),
+        }
+    )
+    out.show(layer_table(report), "", *total_lines(report, bundle))
+    if out.quiet:
+        out.plain(str(bundle.path))
+
+
+def missed_gate(bundle: Bundle) -> None:
+    """Fail when the bundle is marked.
+
+    Raises:
+        GateError: A gate was missed; the bundle stays.
+    """
+    missed = [gate for gate in bundle.report.gates if not gate.passed]
+    if bundle.manifest.state == "ok" or not missed:
+        return
+    kind = GateError if bundle.manifest.state == "accuracy_gate_missed" else SpeedGateError
+    first = next((gate for gate in missed if (gate.kind == "accuracy") == (kind is GateError)), missed[0])
+    raise kind(
+        f"{len(missed)} gate{'s' if len(missed) > 1 else ''} missed",
+        needed=first.expression,
+        found=first.reason or f"{first.value:.4g}" if first.value is not None else first.reason or "not measured",
+        help=f"the bundle is kept in `{bundle.path}`, marked `{bundle.manifest.state}`; try a larger budget",
+    )

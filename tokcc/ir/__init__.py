@@ -1,0 +1,1 @@
+"""Programs, token spaces and the small builder that rules are written on."""

@@ -1,0 +1,399 @@
+"""One small builder with two backends, so that a rule is both compiler and reference.
+
+``GraphBuilder`` appends nodes to a new FX graph and evaluates their fakes; ``EagerBuilder`` just calls. Axis rules and
+method pieces are written once against this vocabulary.
+"""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+__all__ = ["Builder", "EagerBuilder", "GraphBuilder", "same_size"]
+
+aten = torch.ops.aten
+
+
+def same_size(first: Any, second: Any) -> bool:
+    """Return True when two sizes (ints or ``SymInt``) are known to be equal, without adding a guard."""
+    if isinstance(first, int) and isinstance(second, int):
+        return first == second
+    return bool(statically_known_true(first == second))
+
+
+class Builder(ABC):
+    """Emits operations. A *handle* is whatever ``call`` returns; a *size* is an int or a handle."""
+
+    @abstractmethod
+    def call(self, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> Any:
+        """Emit one operation and return its handle."""
+
+    @abstractmethod
+    def shape(self, handle: Any) -> tuple[Any, ...]:
+        """Return the sizes of a tensor handle: ints where static, else ints or ``SymInt`` for comparison only."""
+
+    @abstractmethod
+    def size(self, handle: Any, axis: int) -> Any:
+        """Return the size of one axis, usable as an argument."""
+
+    @abstractmethod
+    def dtype(self, handle: Any) -> torch.dtype:
+        """Return the dtype of a tensor handle."""
+
+    @abstractmethod
+    def device(self, handle: Any) -> torch.device:
+        """Return the device of a tensor handle."""
+
+    @abstractmethod
+    def constant(self, name: str, tensor: torch.Tensor) -> Any:
+        """Return a handle of a constant tensor."""
+
+    @contextmanager
+    def inserting(self, label: str) -> Iterator[None]:
+        """Mark what is emitted inside as inserted by tokcc; ``label`` names the step."""
+        del label
+        yield
+
+    # sizes ------------------------------------------------------------------------------------------------------------
+
+    def _size_op(self, op: Callable[[Any, Any], Any], first: Any, second: Any) -> Any:
+        if isinstance(first, int) and isinstance(second, int):
+            return op(first, second)
+        return self.call(op, first, second)
+
+    def add_sizes(self, first: Any, second: Any) -> Any:
+        """Return ``first + second``."""
+        if isinstance(second, int) and second == 0:
+            return first
+        return self._size_op(operator.add, first, second)
+
+    def sub_sizes(self, first: Any, second: Any) -> Any:
+        """Return ``first - second``."""
+        if isinstance(second, int) and second == 0:
+            return first
+        return self._size_op(operator.sub, first, second)
+
+    def mul_sizes(self, first: Any, second: Any) -> Any:
+        """Return ``first * second``."""
+        if isinstance(second, int) and second == 1:
+            return first
+        if isinstance(first, int) and first == 1:
+            return second
+        return self._size_op(operator.mul, first, second)
+
+    def floordiv_sizes(self, first: Any, second: int) -> Any:
+        """Return ``first // second``."""
+        if second == 1:
+            return first
+        return self._size_op(operator.floordiv, first, second)
+
+    def min_sizes(self, first: Any, second: Any) -> Any:
+        """Return the smaller size."""
+        if isinstance(first, int) and isinstance(second, int):
+            return min(first, second)
+        return self.call(torch.sym_min, first, second)
+
+    def max_sizes(self, first: Any, second: Any) -> Any:
+        """Return the larger size."""
+        if isinstance(first, int) and isinstance(second, int):
+            return max(first, second)
+        return self.call(torch.sym_max, first, second)
+
+    # tensors: thin names over aten --------------------------------------------------------------------------------------
+
+    def add(self, first: Any, second: Any) -> Any:
+        """Elementwise sum."""
+        return self.call(aten.add.Tensor, first, second)
+
+    def sub(self, first: Any, second: Any) -> Any:
+        """Elementwise difference."""
+        return self.call(aten.sub.Tensor, first, second)
+
+    def mul(self, first: Any, second: Any) -> Any:
+        """Elementwise product."""
+        return self.call(aten.mul.Tensor, first, second)
+
+    def div(self, first: Any, second: Any) -> Any:
+        """Elementwise quotient."""
+        return self.call(aten.div.Tensor, first, second)
+
+    def matmul(self, first: Any, second: Any) -> Any:
+        """Batched matrix product."""
+        return self.call(aten.matmul.default, first, second)
+
+    def transpose(self, x: Any, first: int, second: int) -> Any:
+        """Swap two axes."""
+        return self.call(aten.transpose.int, x, first, second)
+
+    def permute(self, x: Any, order: Sequence[int]) -> Any:
+        """Reorder all axes."""
+        return x if list(order) == list(range(len(order))) else self.call(aten.permute.default, x, list(order))
+
+    def reshape(self, x: Any, shape: Sequence[Any]) -> Any:
+        """Reshape to sizes (ints or size handles)."""
+        return self.call(aten.reshape.default, x, list(shape))
+
+    def expand(self, x: Any, shape: Sequence[Any]) -> Any:
+        """Broadcast to sizes; -1 keeps an axis."""
+        return self.call(aten.expand.default, x, list(shape))
+
+    def unsqueeze(self, x: Any, axis: int) -> Any:
+        """Insert an axis of size one."""
+        return self.call(aten.unsqueeze.default, x, axis)
+
+    def squeeze(self, x: Any, axis: int) -> Any:
+        """Remove an axis of size one."""
+        return self.call(aten.squeeze.dim, x, axis)
+
+    def slice(self, x: Any, axis: int, start: Any = 0, stop: Any = None, step: int = 1) -> Any:
+        """Slice one axis."""
+        if isinstance(start, int) and start == 0 and stop is None and step == 1:
+            return x
+        end = torch.iinfo(torch.int64).max if stop is None else stop
+        return self.call(aten.slice.Tensor, x, axis, start, end, step)
+
+    def cat(self, xs: Sequence[Any], axis: int) -> Any:
+        """Concatenate along an axis."""
+        return xs[0] if len(xs) == 1 else self.call(aten.cat.default, list(xs), axis)
+
+    def cast(self, x: Any, dtype: torch.dtype) -> Any:
+        """Convert the dtype; no node when it has it already."""
+        return x if self.dtype(x) == dtype else self.call(aten._to_copy.default, x, dtype=dtype)
+
+    def mean(self, x: Any, axis: int, keepdim: bool = False) -> Any:
+        """Mean over one axis."""
+        return self.call(aten.mean.dim, x, [axis], keepdim)
+
+    def sum(self, x: Any, axis: int, keepdim: bool = False) -> Any:
+        """Sum over one axis."""
+        return self.call(aten.sum.dim_IntList, x, [axis], keepdim)
+
+    def amax(self, x: Any, axis: int, keepdim: bool = False) -> Any:
+        """Maximum over one axis."""
+        return self.call(aten.amax.default, x, [axis], keepdim)
+
+    def amin(self, x: Any, axis: int, keepdim: bool = False) -> Any:
+        """Minimum over one axis."""
+        return self.call(aten.amin.default, x, [axis], keepdim)
+
+    def argmax(self, x: Any, axis: int, keepdim: bool = False) -> Any:
+        """Index of the first maximum over one axis."""
+        return self.call(aten.argmax.default, x, axis, keepdim)
+
+    def softmax(self, x: Any, axis: int) -> Any:
+        """Softmax over one axis."""
+        return self.call(aten.softmax.int, x, axis)
+
+    def sqrt(self, x: Any) -> Any:
+        """Elementwise square root."""
+        return self.call(aten.sqrt.default, x)
+
+    def log(self, x: Any) -> Any:
+        """Elementwise natural logarithm."""
+        return self.call(aten.log.default, x)
+
+    def exp(self, x: Any) -> Any:
+        """Elementwise exponential."""
+        return self.call(aten.exp.default, x)
+
+    def clamp_min(self, x: Any, low: float) -> Any:
+        """Elementwise lower bound."""
+        return self.call(aten.clamp_min.default, x, low)
+
+    def where(self, condition: Any, first: Any, second: Any) -> Any:
+        """Elementwise choice; a Python number may stand on either side."""
+        if isinstance(first, int | float) and isinstance(second, int | float):
+            return self.call(aten.where.Scalar, condition, first, second)
+        if isinstance(first, int | float):
+            return self.call(aten.where.ScalarSelf, condition, first, second)
+        if isinstance(second, int | float):
+            return self.call(aten.where.ScalarOther, condition, first, second)
+        return self.call(aten.where.self, condition, first, second)
+
+    def compare(self, op: str, first: Any, second: Any) -> Any:
+        """Elementwise comparison: ``eq``, ``ne``, ``lt``, ``le``, ``gt``, ``ge``; the right side may be a number."""
+        packet = getattr(aten, op)
+        scalar = isinstance(second, int | float)
+        return self.call(packet.Scalar if scalar else packet.Tensor, first, second)
+
+    def logical_and(self, first: Any, second: Any) -> Any:
+        """Elementwise conjunction of bools."""
+        return self.call(aten.logical_and.default, first, second)
+
+    def logical_not(self, x: Any) -> Any:
+        """Elementwise negation of bools."""
+        return self.call(aten.logical_not.default, x)
+
+    def gather(self, x: Any, axis: int, index: Any) -> Any:
+        """``torch.gather``; meant for small ``[B, K]`` index tensors."""
+        return self.call(aten.gather.default, x, axis, index)
+
+    def scatter(self, x: Any, axis: int, index: Any, source: Any) -> Any:
+        """Out-of-place ``scatter`` without reduction; indices must be unique."""
+        return self.call(aten.scatter.src, x, axis, index, source)
+
+    def arange(self, stop: Any, like: Any) -> Any:
+        """int64 ``[0, stop)`` on the device of ``like``."""
+        return self.call(aten.arange.start_step, 0, stop, 1, dtype=torch.int64, device=self.device(like))
+
+    def full(self, shape: Sequence[Any], value: float | bool, dtype: torch.dtype, like: Any) -> Any:
+        """Constant tensor on the device of ``like``."""
+        return self.call(aten.full.default, list(shape), value, dtype=dtype, device=self.device(like))
+
+
+class EagerBuilder(Builder):
+    """Calls the operations on real tensors."""
+
+    def call(self, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> Any:
+        del like
+        return target(*args, **kwargs)
+
+    def shape(self, handle: Any) -> tuple[Any, ...]:
+        return tuple(handle.shape)
+
+    def size(self, handle: Any, axis: int) -> Any:
+        return int(handle.shape[axis])
+
+    def dtype(self, handle: Any) -> torch.dtype:
+        return handle.dtype  # type: ignore[no-any-return]  # a tensor's dtype
+
+    def device(self, handle: Any) -> torch.device:
+        return handle.device  # type: ignore[no-any-return]  # a tensor's device
+
+    def constant(self, name: str, tensor: torch.Tensor) -> Any:
+        del name
+        return tensor
+
+
+class GraphBuilder(Builder):
+    """Appends nodes to a new graph and evaluates their fakes in the program's own fake mode.
+
+    Args:
+        fake_mode: The mode (and shape environment) of the program that is rebuilt.
+    """
+
+    def __init__(self, fake_mode: FakeTensorMode) -> None:
+        self.graph = fx.Graph()
+        self.fake_mode = fake_mode
+        self.scope: fx.Node | None = None
+        self.constants: dict[str, torch.Tensor] = {}
+        self.constant_nodes: list[fx.Node] = []
+        self._label: str | None = None
+        self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
+        self._cse: dict[Any, fx.Node] = {}
+
+    def call(self, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> Any:
+        """Append a node.
+
+        Args:
+            target: The operation.
+            args: Handles, numbers and lists of them.
+            like: An old node that this one copies with operands of unchanged shape: its name and fake are reused.
+            kwargs: Keyword arguments.
+        """
+        key = None
+        if like is None:
+            key = _key(target, args, kwargs)
+            if key is not None and key in self._cse:
+                return self._cse[key]
+        name = like.name if like is not None else self._name(target)
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        source = like or self.scope
+        if source is not None:
+            node.meta = {k: v for k, v in source.meta.items() if k in ("nn_module_stack", "stack_trace", "torch_fn")}
+        if self._label is not None:
+            node.meta["tokcc"] = self._label
+        if like is not None:
+            node.meta["val"] = like.meta.get("val")
+        else:
+            self.evaluate(node)
+        if key is not None:
+            self._cse[key] = node
+        return node
+
+    def evaluate(self, node: fx.Node) -> None:
+        """Compute the fake of a call from the fakes of its operands."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self.fake_mode, torch.no_grad():
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target is callable
+
+    def _name(self, target: Any) -> str:
+        packet = getattr(target, "_schema", None)
+        base = packet.name.split("::")[1] if packet is not None else getattr(target, "__name__", "call")
+        return f"tokcc_{base}" if self._label is not None else str(base)
+
+    @contextmanager
+    def inserting(self, label: str) -> Iterator[None]:
+        previous, self._label = self._label, label
+        try:
+            yield
+        finally:
+            self._label = previous
+
+    def placeholder(self, old: fx.Node) -> fx.Node:
+        """Copy a placeholder."""
+        node = self.graph.create_node("placeholder", old.target, old.args, name=old.name)
+        node.meta = dict(old.meta)
+        return node
+
+    def shape(self, handle: Any) -> tuple[Any, ...]:
+        return tuple(handle.meta["val"].shape)
+
+    def size(self, handle: Any, axis: int) -> Any:
+        size = handle.meta["val"].shape[axis]
+        if isinstance(size, int):
+            return size
+        axis %= len(handle.meta["val"].shape)
+        if (handle, axis) not in self._sizes:
+            self._sizes[handle, axis] = self.call(aten.sym_size.int, handle, axis)
+        return self._sizes[handle, axis]
+
+    def dtype(self, handle: Any) -> torch.dtype:
+        return handle.meta["val"].dtype  # type: ignore[no-any-return]  # a fake tensor's dtype
+
+    def device(self, handle: Any) -> torch.device:
+        return handle.meta["val"].device  # type: ignore[no-any-return]  # a fake tensor's device
+
+    def constant(self, name: str, tensor: torch.Tensor) -> Any:
+        """Lift a constant: recorded here, added to the program's signature when the graph is finished."""
+        for node in self.constant_nodes:
+            known = self.constants[str(node.target)]
+            if known.shape == tensor.shape and known.dtype == tensor.dtype and torch.equal(known, tensor):
+                return node
+        unique, count = name, 0
+        while unique in self.constants:
+            count += 1
+            unique = f"{name}_{count}"
+        last = next((n for n in reversed(self.graph.nodes) if n.op == "placeholder"), None)
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_after(last) if last is not None else self.graph.inserting_before(first):
+            node = self.graph.create_node("placeholder", unique, name=unique)
+        node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
+        self.constants[unique] = tensor
+        self.constant_nodes.append(node)
+        return node
+
+
+def _key(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return a hashable key of a pure call, so that equal calls share one node; None where it cannot be hashed."""
+
+    def freeze(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return (type(value).__name__, *(freeze(item) for item in value))
+        # 1, 1.0 and True are equal but not the same argument.
+        return (type(value).__name__, value)
+
+    key = (target, freeze(args), tuple(sorted((name, freeze(value)) for name, value in kwargs.items())))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key

@@ -1,0 +1,1 @@
+"""Turning tokcc nodes into what a backend runs."""

@@ -1,0 +1,1 @@
+"""What a compiled engine saves and what it costs."""

@@ -1,0 +1,153 @@
+"""Write the report into a bundle: figures, ``report.json``, ``report.html``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokcc.errors import OutputError
+from tokcc.report.distances import Array
+from tokcc.report.extras import available
+from tokcc.report.html import write_html
+from tokcc.report.kept import KeptTokens, kept_texts
+from tokcc.report.schema import Figure, Report
+
+__all__ = ["write_report"]
+
+_MISSING = "pip install 'tokcc[report]', then `tokcc report BUNDLE`"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A picture that can be drawn: its files by suffix, and how."""
+
+    figure: Figure
+    light: Callable[[], bytes]
+    dark: Callable[[], bytes] | None = None
+
+
+def write_report(
+    report: Report,
+    folder: str | Path,
+    *,
+    images: Sequence[Array] = (),
+    texts: Sequence[Sequence[str]] = (),
+    stages: Sequence[KeptTokens] = (),
+    bundle: str | None = None,
+) -> Report:
+    """Draw the figures and write the report; without the `report` extra write what is possible and say so.
+
+    Args:
+        report: The report, without figures and texts.
+        folder: The bundle (or its temporary sibling).
+        images: Pixels of the samples, for the picture of kept patches.
+        texts: Tokens of the samples, for the picture of kept words.
+        stages: What became of the tokens of these samples, one entry per reduction.
+        bundle: How the user will call the bundle, for commands.
+
+    Returns:
+        The report as it was written, with figures, texts and notes.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
+    target = Path(folder)
+    notes = list(report.notes)
+    if texts and stages:
+        report = report.model_copy(update={"texts": kept_texts(texts, stages)})
+    if available("matplotlib", "PIL"):
+        figures = _draw(_jobs(report, images, stages), target)
+        report = report.model_copy(update={"figures": tuple(figures)})
+    else:
+        notes.append(f"no figures: matplotlib is not installed ({_MISSING})")
+    with_page = available("jinja2")
+    if not with_page:
+        notes.append(f"no report.html: jinja2 is not installed ({_MISSING})")
+    report = report.model_copy(update={"notes": tuple(notes)})
+    report.save(target / "report.json")
+    if with_page:
+        write_html(report, target, bundle=bundle)
+    return report
+
+
+def _draw(jobs: Sequence[_Job], folder: Path) -> list[Figure]:
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        for job in jobs:
+            (folder / job.figure.path).write_bytes(job.light())
+            if job.dark is not None and job.figure.dark_path is not None:
+                (folder / job.figure.dark_path).write_bytes(job.dark())
+    except OSError as error:
+        raise OutputError("cannot write the figures", found=str(error)) from error
+    return [job.figure for job in jobs]
+
+
+def _jobs(report: Report, images: Sequence[Array], stages: Sequence[KeptTokens]) -> list[_Job]:
+    """Return the pictures that this report has the data for."""
+    jobs: list[_Job] = []
+    layers, latency, points, texts = report.layers, report.latency, report.break_even, report.texts
+    from tokcc.report.figures import draw_break_even, draw_kept_images, draw_kept_text, draw_latency, draw_tokens
+    from tokcc.report.style import DARK, LIGHT
+
+    if layers and all(isinstance(tokens, int) for row in layers for tokens in (row.tokens_in, row.tokens_out)):
+        figure = Figure(
+            name="tokens",
+            path="figures/tokens.svg",
+            dark_path="figures/tokens-dark.svg",
+            title="Tokens, block by block",
+            caption="Dashed: the original model.",
+            alt=f"Step chart: {layers[0].tokens_in} tokens enter, {layers[-1].tokens_out} leave the last block.",
+        )
+        jobs.append(_Job(figure, lambda: draw_tokens(layers, LIGHT), lambda: draw_tokens(layers, DARK)))
+    if latency is not None:
+        figure = Figure(
+            name="latency",
+            path="figures/latency.svg",
+            dark_path="figures/latency-dark.svg",
+            title="Time of a run",
+            caption=f"Dots: {latency.runs} interleaved runs. Upright line: median. Across: 10th to 90th percentile.",
+            alt=f"Bar chart: median {latency.baseline.median:.4g} s baseline, {latency.engine.median:.4g} s engine.",
+        )
+        jobs.append(_Job(figure, lambda: draw_latency(latency, LIGHT), lambda: draw_latency(latency, DARK)))
+    if len(points) > 1:
+        figure = Figure(
+            name="break_even",
+            path="figures/break_even.svg",
+            dark_path="figures/break_even-dark.svg",
+            title="From which shape it pays",
+            caption="Right of the dashed line the engine is faster.",
+            alt="Dot chart of the speedup: " + ", ".join(f"{p.label} {p.ratio.median:.2f}" for p in points) + ".",
+            wide=True,
+        )
+        jobs.append(_Job(figure, lambda: draw_break_even(points, LIGHT), lambda: draw_break_even(points, DARK)))
+    pictured = [stage for stage in stages if stage.grid is not None]
+    if len(images) and pictured:
+        merged = any(stage.assign is not None for stage in pictured)
+        dropped = any(not stage.alive(0).all() for stage in pictured)
+        painted = [
+            "Dark patches are gone." if dropped else "",
+            "Patches of one merged token have its mean colour and one outline." if merged else "",
+        ]
+        figure = Figure(
+            name="kept_images",
+            path="figures/kept_images.png",
+            title="Patches that are left in a picture",
+            caption=" ".join(part for part in painted if part),
+            alt="Photos of the calibration data, with the patches that remain after some of the blocks.",
+            wide=True,
+        )
+        jobs.append(_Job(figure, lambda: draw_kept_images(images, pictured)))
+    if texts:
+        # The page shows the words as text; these pictures are for slides and issues.
+        figure = Figure(
+            name="kept_text",
+            path="figures/kept_text.png",
+            dark_path="figures/kept_text-dark.png",
+            title="Tokens that are left in a text",
+            caption=f"Struck-out tokens were {texts[0].how}.",
+            alt="Texts of the calibration data, with the tokens that are gone in grey.",
+            wide=True,
+        )
+        jobs.append(_Job(figure, lambda: draw_kept_text(texts, LIGHT), lambda: draw_kept_text(texts, DARK)))
+    return jobs
