@@ -185,7 +185,6 @@ def test_what_only_the_engine_gets_wrong_is_counted(pair: tuple[Array, Array], b
     rest = compare(np.delete(a, 3, axis=0), np.delete(b, 3, axis=0))
     assert found.cosine_mean == pytest.approx(rest.cosine_mean)
     assert found.kl == pytest.approx(rest.kl)
-    assert "NaN or infinity for 1 samples" in meter.warnings()[0]
 
 
 def test_masked_logits_of_the_baseline_are_no_fault_of_the_engine(pair: tuple[Array, Array]) -> None:

@@ -75,7 +75,9 @@ class At(Strict):
         items = (self.layers,) if isinstance(self.layers, str) else self.layers
         chosen: list[int] = []
         for item in items:
-            chosen.extend(_expand(item, num_layers))
+            # In a shallow model two fractions of the depth may be the same layer, which is no contradiction.
+            repeated = chosen if isinstance(item, float) else []
+            chosen.extend(layer for layer in _expand(item, num_layers) if layer not in repeated)
         twice = sorted({layer for layer in chosen if chosen.count(layer) > 1})
         if twice:
             raise ValueError(f"layer {twice[0]} is chosen twice (the model has {num_layers} layers)")

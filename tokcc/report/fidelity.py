@@ -134,14 +134,6 @@ class FidelityMeter:
             weights=weights,
         )
 
-    def warnings(self) -> list[str]:
-        """Sentences for the report about what the engine got badly wrong."""
-        return [
-            f"output {name}: the engine gives NaN or infinity for {sums.nonfinite} samples where the baseline does not"
-            for name, sums in self._sums.items()
-            if sums.nonfinite
-        ]
-
     def _aligned(
         self, name: str, reference: Array, other: Array, engine: Mapping[str, Array]
     ) -> tuple[Array, Array] | None:

@@ -72,7 +72,11 @@ def _markup(text: str) -> Any:
 
 def _figures(report: Report, folder: str | Path | None) -> list[dict[str, Any]]:
     shown = [figure for figure in report.figures if figure.name != "kept_text"]  # the page has the words themselves
-    return [found for figure in shown if (found := _figure(figure, folder)) is not None]
+    found = [picture for figure in shown if (picture := _figure(figure, folder)) is not None]
+    narrow = [picture for picture in found if not picture["wide"]]
+    if len(narrow) % 2:  # two stand side by side; the odd one gets a line of its own, not a hole beside it
+        narrow[-1]["lone"] = True
+    return found
 
 
 def _figure(figure: Figure, folder: str | Path | None) -> dict[str, Any] | None:
@@ -84,6 +88,7 @@ def _figure(figure: Figure, folder: str | Path | None) -> dict[str, Any] | None:
         "caption": figure.caption,
         "alt": figure.alt or figure.title,
         "wide": figure.wide,
+        "lone": False,
         "light": light,
         "dark": None if figure.dark_path is None else _data_uri(figure.dark_path, folder),
     }

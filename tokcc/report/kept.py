@@ -258,7 +258,7 @@ def _from_bytes(token: str) -> str:
     try:
         return bytes(table[character] for character in token).decode("utf-8", errors="replace")
     except KeyError:  # an added token that is not in byte form
-        return token
+        return token.replace("Ġ", " ")
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import yaml
@@ -15,15 +16,19 @@ from tokcc.report.summary import (
     count_text,
     grouped_rows,
     next_steps,
-    percent,
     seconds_text,
     shapes_text,
     spread_text,
     times,
     worst,
 )
+from tokcc.report.summary import (
+    percent as percent_text,
+)
 
 __all__ = ["page_content"]
+
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 _NOTHING = "\N{EN DASH}"
 
@@ -34,6 +39,16 @@ class _Card:
     value: str
     lines: tuple[str, ...]
     tone: str = ""
+
+    @property
+    def long(self) -> bool:
+        """True when the value needs a smaller type."""
+        return len(self.value) > 9
+
+
+def percent(value: float, *, digits: int = 1) -> str:
+    """Format a fraction so that the sign stays with its number."""
+    return percent_text(value, digits=digits).replace(" ", _NO_BREAK)
 
 
 def page_content(report: Report, bundle: str) -> dict[str, Any]:
@@ -54,7 +69,8 @@ def page_content(report: Report, bundle: str) -> dict[str, Any]:
         "cards": [_speed(report), _fidelity(report), _parity(report), _size(report)],
         "missed": [_gate(gate) for gate in report.gates if not gate.passed],
         "gates": [_gate(gate) for gate in report.gates],
-        "steps": next_steps(report, bundle),
+        # Whoever reads this has the report open.
+        "steps": [step for step in next_steps(report, bundle) if not step.command.startswith("tokcc report")],
         "texts": [_text(text) for text in report.texts],
         "rows": [_row(row, first) for row in rows],
         "with_kv": any(row.kv_before is not None for row in rows),
@@ -108,7 +124,15 @@ def _facts(report: Report) -> list[str]:
     model = report.model
     parameters = None if model.parameters is None else f"{count_text(model.parameters)} parameters"
     blocks = None if model.blocks is None else f"{model.blocks} blocks"
-    return [fact for fact in (model.kind, model.task, parameters, blocks, model.dtype, report.created) if fact]
+    return [fact for fact in (model.kind, model.task, parameters, blocks, model.dtype, _time(report.created)) if fact]
+
+
+def _time(created: str) -> str:
+    """Format ISO 8601 for people; anything else is shown as it is."""
+    try:
+        return datetime.fromisoformat(created).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return created
 
 
 def _verdict(report: Report) -> str:
@@ -257,8 +281,8 @@ def _measured(report: Report) -> list[tuple[str, str]]:
             ("Input shapes", shapes_text(latency.shapes)),
             ("Runtime", f"{latency.runtime}, {latency.threads or 'default number of'} threads, seed {latency.seed}"),
         ]
-    if report.totals.inserted_seconds is not None:
-        lines.append(("Inserted nodes", "sum of their time in a profiled run of the engine"))
+    if report.totals.inserted_how:
+        lines.append(("Inserted nodes", report.totals.inserted_how))
     if report.memory is not None:
         lines.append(("Peak memory", report.memory.how))
     if report.fidelity is not None:
@@ -275,4 +299,4 @@ def _measured(report: Report) -> list[tuple[str, str]]:
 def _footer(report: Report) -> str:
     version = report.machine.versions.get("tokcc", "")
     made = f"Made by tokcc {version}".strip()
-    return f"{made}{', ' + report.created if report.created else ''}. The same numbers are in report.json."
+    return f"{made}{', ' + _time(report.created) if report.created else ''}. The same numbers are in report.json."

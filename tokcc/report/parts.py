@@ -131,6 +131,7 @@ class Totals(Part):
     realised_speedup: Spread | None = Field(default=None, description="Baseline time / engine time, interleaved runs.")
     realised_over_ideal: Positive | None = Field(default=None, description="Median realised speedup / ideal speedup.")
     inserted_seconds: Seconds | None = Field(default=None, description="Seconds a run spends in inserted nodes.")
+    inserted_how: str = Field(default="", description="How these seconds were measured.")
     inserted_share: Fraction | None = Field(default=None, description="The same as a share of the engine's time.")
     shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict, description="Input shapes the FLOPs hold for.")
 
@@ -142,6 +143,7 @@ class Totals(Part):
         *,
         latency: Latency | None = None,
         inserted_seconds: float | None = None,
+        inserted_how: str = "",
         shapes: dict[str, tuple[int, ...]] | None = None,
     ) -> Totals:
         """Return the totals with every ratio that the given numbers allow."""
@@ -157,6 +159,7 @@ class Totals(Part):
             realised_speedup=realised,
             realised_over_ideal=realised.median / ideal if realised and ideal else None,
             inserted_seconds=inserted_seconds,
+            inserted_how=inserted_how,
             inserted_share=share,
             shapes=shapes or {},
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from tokcc.errors import OutputError
 from tokcc.report.distances import Array
 from tokcc.report.extras import available
+from tokcc.report.findings import findings
 from tokcc.report.html import write_html
 from tokcc.report.kept import KeptTokens, kept_texts
 from tokcc.report.schema import Figure, Report
@@ -47,13 +48,15 @@ def write_report(
         bundle: How the user will call the bundle, for commands.
 
     Returns:
-        The report as it was written, with figures, texts and notes.
+        The report as it was written, with figures, texts, notes, and the warnings that follow from its numbers.
 
     Raises:
         OutputError: A file cannot be written.
     """
     target = Path(folder)
     notes = list(report.notes)
+    # Each once: a report that is written again after a new measurement already has some of them.
+    warnings = dict.fromkeys((*report.warnings, *findings(report)))
     if texts and stages:
         report = report.model_copy(update={"texts": kept_texts(texts, stages)})
     if available("matplotlib", "PIL"):
@@ -64,7 +67,7 @@ def write_report(
     with_page = available("jinja2")
     if not with_page:
         notes.append(f"no report.html: jinja2 is not installed ({_MISSING})")
-    report = report.model_copy(update={"notes": tuple(notes)})
+    report = report.model_copy(update={"notes": tuple(dict.fromkeys(notes)), "warnings": tuple(warnings)})
     report.save(target / "report.json")
     if with_page:
         write_html(report, target, bundle=bundle)
@@ -118,7 +121,6 @@ def _jobs(report: Report, images: Sequence[Array], stages: Sequence[KeptTokens])
             title="From which shape it pays",
             caption="Right of the dashed line the engine is faster.",
             alt="Dot chart of the speedup: " + ", ".join(f"{p.label} {p.ratio.median:.2f}" for p in points) + ".",
-            wide=True,
         )
         jobs.append(_Job(figure, lambda: draw_break_even(points, LIGHT), lambda: draw_break_even(points, DARK)))
     pictured = [stage for stage in stages if stage.grid is not None]

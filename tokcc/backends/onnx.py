@@ -1,0 +1,56 @@
+"""The ONNX backend: a file that an unmodified runtime loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common as onnx_passes
+
+from tokcc.errors import LoweringError
+from tokcc.ir.program import Program
+from tokcc.lowering.onnx.translate import translate
+
+__all__ = ["EXTERNAL_BYTES", "build_onnx", "save_onnx"]
+
+EXTERNAL_BYTES = 1_900_000_000
+"""Above this, weights go to a file beside the model: a protobuf holds less than 2 GB."""
+
+
+def build_onnx(program: Program, *, opset: int = 18, metadata: Mapping[str, Any] | None = None) -> ir.Model:
+    """Lower a program to an ONNX model and check it.
+
+    Args:
+        program: The (reduced) program.
+        opset: Version of the standard domain.
+        metadata: Written to ``metadata_props`` as JSON.
+
+    Raises:
+        LoweringError: When an operation has no form or the model does not check.
+    """
+    model = translate(program, opset)
+    onnx_passes.RemoveUnusedNodesPass()(model)
+    for name, value in (metadata or {}).items():
+        model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    domains = {node.domain for node in model.graph.all_nodes()}
+    if domains - {""}:
+        raise LoweringError("the graph holds operations outside the standard domain", found=", ".join(sorted(domains)))
+    return model
+
+
+def save_onnx(model: ir.Model, path: Path, *, external: bool | None = None) -> list[Path]:
+    """Write a model, with its weights beside it when they are large or when asked.
+
+    Returns:
+        The files written.
+    """
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    apart = size > EXTERNAL_BYTES if external is None else external
+    if apart:
+        ir.save(model, path, external_data=f"{path.name}.data")
+        return [path, path.with_name(f"{path.name}.data")]
+    ir.save(model, path)
+    return [path]

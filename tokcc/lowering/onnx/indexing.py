@@ -1,0 +1,157 @@
+"""Selecting, slicing, gathering, scattering, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from tokcc.errors import LoweringError
+from tokcc.lowering.onnx.translate import Translator, ir_dtype
+
+__all__ = ["LOWERINGS"]
+
+aten = torch.ops.aten
+_END = 2**62
+
+
+def _rank(x: Any) -> int:
+    return int(x.meta["val"].ndim)
+
+
+def select(t: Translator, node: fx.Node, x: Any, dim: int, index: Any) -> Any:
+    """One position of an axis."""
+    del node
+    return t.op("Gather", t.value(x), t.value(index, torch.int64), axis=dim % _rank(x))
+
+
+def slice_(t: Translator, node: fx.Node, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    """A range of an axis."""
+    del node
+    first: Any = 0 if start is None else start
+    last: Any = 2**63 - 1 if end is None else end
+    if isinstance(last, int) and last > _END:
+        last = 2**63 - 1
+    if isinstance(first, int) and first == 0 and last == 2**63 - 1 and step == 1:
+        return t.value(x)
+    return t.op(
+        "Slice", t.value(x), t.size_vector(first), t.size_vector(last), t.op.ints([dim % _rank(x)]), t.op.ints([step])
+    )
+
+
+def embedding(t: Translator, node: fx.Node, table: Any, index: Any, *rest: Any) -> Any:
+    """Rows of a table."""
+    del node, rest
+    return t.op("Gather", t.value(table), t.value(index), axis=0)
+
+
+def index_select(t: Translator, node: fx.Node, x: Any, dim: int, index: Any) -> Any:
+    """Positions of an axis."""
+    del node
+    return t.op("Gather", t.value(x), t.value(index), axis=dim % _rank(x) if _rank(x) else 0)
+
+
+def gather(t: Translator, node: fx.Node, x: Any, dim: int, index: Any, **kwargs: Any) -> Any:
+    """``torch.gather``; used on small index tensors."""
+    del node, kwargs
+    return t.op("GatherElements", t.value(x), t.value(index), axis=dim % _rank(x))
+
+
+def scatter_src(t: Translator, node: fx.Node, x: Any, dim: int, index: Any, source: Any) -> Any:
+    """``scatter`` without reduction."""
+    dtype = node.meta["val"].dtype
+    return t.op("ScatterElements", t.value(x, dtype), t.value(index), t.value(source, dtype), axis=dim % _rank(x))
+
+
+def index_tensor(t: Translator, node: fx.Node, x: Any, indices: Sequence[Any]) -> Any:
+    """Advanced indexing by one tensor, or by broadcast tensors on the leading axes."""
+    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    if len(given) == 1:
+        axis, index = given[0]
+        if index.meta["val"].dtype == torch.bool:
+            raise LoweringError("boolean indexing gives a size that depends on the data", node=node.name)
+        return t.op("Gather", t.value(x), t.value(index), axis=axis)
+    if [axis for axis, _ in given] != list(range(len(given))):
+        raise LoweringError("advanced indexing on axes that are not the leading ones", node=node.name)
+    values = [t.value(index, torch.int64) for _, index in given]
+    widest = values[0]
+    for value in values[1:]:
+        widest = t.op("Add", widest, t.op("Mul", value, t.op.constant(0, ir_dtype(torch.int64))))
+    shape = t.op("Shape", widest)
+    rank = max(index.meta["val"].ndim for _, index in given)
+    expanded = [t.op("Unsqueeze", t.op("Expand", v, shape), t.op.ints([rank])) for v in values]
+    return t.op("GatherND", t.value(x), t.op("Concat", *expanded, axis=rank))
+
+
+def pad(t: Translator, node: fx.Node, x: Any, widths: Sequence[int], mode: str = "constant", value: Any = None) -> Any:
+    """Padding of the last axes."""
+    rank = _rank(x)
+    before, behind = [0] * rank, [0] * rank
+    for i in range(len(widths) // 2):
+        before[rank - 1 - i], behind[rank - 1 - i] = widths[2 * i], widths[2 * i + 1]
+    kinds = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
+    fill = t.value(float(value or 0.0), node.meta["val"].dtype) if mode == "constant" else None
+    return t.op("Pad", t.value(x), t.op.ints([*before, *behind]), fill, mode=kinds[mode])
+
+
+def constant_pad(t: Translator, node: fx.Node, x: Any, widths: Sequence[int], value: Any = 0) -> Any:
+    """Padding with a constant."""
+    return pad(t, node, x, widths, "constant", value)
+
+
+def flip(t: Translator, node: fx.Node, x: Any, dims: Sequence[int]) -> Any:
+    """Reverse axes."""
+    del node
+    axes = [d % _rank(x) for d in dims]
+    count = len(axes)
+    return t.op(
+        "Slice", t.value(x), t.op.ints([-1] * count), t.op.ints([-(2**62)] * count), t.op.ints(axes), t.op.ints([-1] * count)
+    )
+
+
+def roll(t: Translator, node: fx.Node, x: Any, shifts: Sequence[int], dims: Sequence[int] = ()) -> Any:
+    """Cyclic shift."""
+    del node
+    value = t.value(x)
+    for shift, dim in zip(shifts, dims, strict=True):
+        axis = dim % _rank(x)
+        if shift == 0:
+            continue
+        head = t.op("Slice", value, t.op.ints([-shift]), t.op.ints([2**63 - 1]), t.op.ints([axis]), t.op.ints([1]))
+        tail = t.op("Slice", value, t.op.ints([0]), t.op.ints([-shift]), t.op.ints([axis]), t.op.ints([1]))
+        value = t.op("Concat", head, tail, axis=axis)
+    return value
+
+
+def diagonal(t: Translator, node: fx.Node, x: Any, offset: int = 0, first: int = 0, second: int = 1) -> Any:
+    """Main diagonal of the last two axes: multiply by the identity and sum, which needs no gather."""
+    rank = _rank(x)
+    if offset != 0 or (first % rank, second % rank) != (rank - 2, rank - 1):
+        raise LoweringError("a diagonal other than the main one of the last axes", node=node.name)
+    value = t.value(x)
+    size = t.op("Shape", value, start=rank - 1, end=rank)
+    length = x.meta["val"].shape[-1]
+    stop = t.op.constant(length, ir_dtype(torch.int64)) if isinstance(length, int) else t.op("Squeeze", size)
+    zero, one = (t.op.constant(v, ir_dtype(torch.int64)) for v in (0, 1))
+    position = t.op("Range", zero, stop, one)
+    mark = t.op("Equal", t.op("Unsqueeze", position, t.op.ints([1])), t.op("Unsqueeze", position, t.op.ints([0])))
+    zeros = t.value(0.0, x.meta["val"].dtype)
+    return t.op("ReduceSum", t.op("Where", mark, value, zeros), t.op.ints([rank - 1]), keepdims=0)
+
+
+LOWERINGS: dict[Any, Any] = {
+    aten.select.int: select,
+    aten.slice.Tensor: slice_,
+    aten.embedding.default: embedding,
+    aten.index_select.default: index_select,
+    aten.gather.default: gather,
+    aten.scatter.src: scatter_src,
+    aten.index.Tensor: index_tensor,
+    aten.pad.default: pad,
+    aten.constant_pad_nd.default: constant_pad,
+    aten.flip.default: flip,
+    aten.roll.default: roll,
+    aten.diagonal.default: diagonal,
+}

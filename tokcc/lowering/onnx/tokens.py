@@ -1,0 +1,208 @@
+"""The ``tokcc::`` operations in standard ones: the forms that are fast in ONNX Runtime and accepted elsewhere.
+
+Measured choices: GatherND with batch_dims over GatherElements for rows, a one-hot product over the merged tokens only
+over scatter-add, TopK on int64 to restore order, a Loop with one float state for greedy selection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+import tokcc.kernels
+from tokcc.lowering.onnx.algebra import additive_mask, probabilities
+from tokcc.lowering.onnx.recorder import Recorder
+from tokcc.lowering.onnx.translate import Translator, ir_dtype
+
+__all__ = ["LOWERINGS"]
+
+ops = torch.ops.tokcc
+assert tokcc.kernels is not None
+_INT = ir_dtype(torch.int64)
+
+
+def _rows(t: Translator, x: Any, index: Any) -> Any:
+    """Gather rows ``[B, N, ...]`` by ``[B, K]``."""
+    return t.op("GatherND", x, t.op("Unsqueeze", index, t.op.ints([2])), batch_dims=1)
+
+
+def gather_tokens(t: Translator, node: fx.Node, x: Any, index: Any, dim: int, batch_dim: int) -> Any:
+    """Rows per sample; a table shared by all samples needs no copy per sample."""
+    del node
+    fake = x.meta["val"]
+    dim, batch_dim = dim % fake.ndim, batch_dim % fake.ndim
+    value, chosen = t.value(x), t.value(index)
+    samples = index.meta["val"].shape[0]
+    shared = isinstance(fake.shape[batch_dim], int) and fake.shape[batch_dim] == 1
+    if shared and not (isinstance(samples, int) and samples == 1):
+        # [.., 1, .., N, ..] -> Gather on N with [B, K] puts (B, K) where N was.
+        flat = t.op("Squeeze", value, t.op.ints([batch_dim]))
+        axis = dim - 1 if batch_dim < dim else dim
+        taken = t.op("Gather", flat, chosen, axis=axis)
+        rank = fake.ndim
+        rest = [i for i in range(rank) if i not in (axis, axis + 1)]
+        perm: list[int] = []
+        for place in range(rank):
+            perm.append(axis if place == batch_dim else axis + 1 if place == dim else rest.pop(0))
+        return taken if perm == list(range(rank)) else t.op("Transpose", taken, perm=perm)
+    if (batch_dim, dim) == (0, 1):
+        return _rows(t, value, chosen)
+    front = [batch_dim, dim, *(i for i in range(fake.ndim) if i not in (batch_dim, dim))]
+    taken = _rows(t, t.op("Transpose", value, perm=front), chosen)
+    return t.op("Transpose", taken, perm=[front.index(i) for i in range(fake.ndim)])
+
+
+def scatter_tokens(t: Translator, node: fx.Node, base: Any, index: Any, values: Any) -> Any:
+    """ScatterND without reduction; indices are unique."""
+    del node
+    chosen = t.value(index)
+    zero, one = t.op.constant(0, _INT), t.op.constant(1, _INT)
+    samples = t.op("Range", zero, t.op("Squeeze", t.op("Shape", chosen, start=0, end=1)), one)
+    rows = t.op("Expand", t.op("Unsqueeze", samples, t.op.ints([1])), t.op("Shape", chosen))
+    pairs = t.op(
+        "Concat", t.op("Unsqueeze", rows, t.op.ints([2])), t.op("Unsqueeze", chosen, t.op.ints([2])), axis=2
+    )
+    return t.op("ScatterND", t.value(base), pairs, t.value(values))
+
+
+def merge_tokens(t: Translator, node: fx.Node, x: Any, weight: Any, keep: Any, source: Any, slot: Any, first: int) -> Any:
+    """Kept rows plus a product with the one-hot of the merged tokens' slots."""
+    del node
+    fake = x.meta["val"]
+    dtype = fake.dtype
+    value = t.value(x)
+    keep_v, source_v, slot_v = t.value(keep), t.value(source), t.value(slot)
+    slots = keep.meta["val"].shape[1]
+    base = _rows(t, value, keep_v)  # [B, K, C]
+    moved = _rows(t, value, source_v)  # [B, R, C]
+    target = t.op("GatherElements", keep_v, slot_v, axis=1)  # [B, R] where each source's destination was
+    moved = t.op("Sub", moved, _rows(t, value, target))
+    size = t.op.constant(slots, _INT) if isinstance(slots, int) else t.op("Squeeze", t.op("Shape", keep_v, start=1, end=2))
+    places = t.op("Range", t.op.constant(first, _INT), size, t.op.constant(1, _INT))  # [K - first]
+    hot = t.op(
+        "Equal",
+        t.op("Unsqueeze", slot_v, t.op.ints([1])),
+        t.op("Unsqueeze", places, t.op.ints([1])),
+    )  # [B, K - first, R]
+    hot = t.op("Cast", hot, to=int(ir_dtype(dtype)))
+    one = t.value(1.0, dtype)
+    if weight is None:
+        own = None
+        joined = t.op("ReduceSum", hot, t.op.ints([2]), keepdims=1)  # [B, K - first, 1]
+        total = t.op("Add", joined, one)
+        share = t.op("Div", hot, total)
+    else:
+        weights = t.value(weight, dtype)
+        own = t.op("GatherElements", weights, keep_v, axis=1)  # [B, K]
+        mass = t.op("GatherElements", weights, source_v, axis=1)  # [B, R]
+        hot = t.op("Mul", hot, t.op("Unsqueeze", mass, t.op.ints([1])))
+        joined = t.op("ReduceSum", hot, t.op.ints([2]), keepdims=1)
+        tail = t.op("Slice", own, t.op.ints([first]), t.op.ints([2**62]), t.op.ints([1])) if first else own
+        total = t.op("Add", joined, t.op("Unsqueeze", tail, t.op.ints([2])))
+        tiny = t.value(float(torch.finfo(dtype).tiny), dtype)
+        share = t.op("Div", hot, t.op("Max", total, tiny))
+    added = t.op("MatMul", share, moved)  # [B, K - first, C]
+    totals = t.op("Squeeze", total, t.op.ints([2]))  # [B, K - first]
+    if first == 0:
+        return t.op("Add", base, added), totals
+    head = t.op("Slice", base, t.op.ints([0]), t.op.ints([first]), t.op.ints([1]))
+    rest = t.op("Slice", base, t.op.ints([first]), t.op.ints([2**62]), t.op.ints([1]))
+    merged = t.op("Concat", head, t.op("Add", rest, added), axis=1)
+    if own is None:
+        shape = t.op("Shape", t.op("Slice", keep_v, t.op.ints([0]), t.op.ints([first]), t.op.ints([1])))
+        untouched = t.op("ConstantOfShape", shape, value=ir.tensor([1.0], dtype=ir_dtype(dtype)))
+    else:
+        untouched = t.op("Slice", own, t.op.ints([0]), t.op.ints([first]), t.op.ints([1]))
+    return merged, t.op("Concat", untouched, totals, axis=1)
+
+
+def topk_select(t: Translator, node: fx.Node, score: Any, k: Any, ascending: bool) -> Any:
+    """TopK, whose ties go to the lower position; ascending order by a second TopK on the positions."""
+    del node
+    size = t.size_vector(k)
+    chosen = t.op("TopK", t.value(score), size, outputs=2, axis=1, largest=1, sorted=1)[1]
+    if not ascending:
+        return chosen
+    return t.op("TopK", chosen, size, outputs=2, axis=1, largest=0, sorted=1)[0]
+
+
+def attention_probs(t: Translator, node: fx.Node, query: Any, key: Any, mask: Any, scale: float) -> Any:
+    """The same nodes as the attention's own, so that asking for all rows costs nothing beside it."""
+    dtype = node.meta["val"].dtype
+    added = None if mask is None else additive_mask(t, mask, dtype)
+    return probabilities(t, t.value(query), t.value(key), added, float(scale), dtype, 4)
+
+
+def greedy_select(t: Translator, node: fx.Node, similarity: Any, unary: Any, first: Any, k: Any) -> Any:
+    """A Loop that carries one float state: how well the picked tokens represent each token; picked ones are marked."""
+    del node
+    picked = 1e38  # marks a picked token in the state: no score can win from there
+    op = t.op
+    table, base = t.value(similarity), t.value(unary)
+    depth = op("Squeeze", op("Shape", base, start=1, end=2))
+    positions = op("Range", op.constant(0, _INT), depth, op.constant(1, _INT))
+    start = op("ArgMax", t.value(first), axis=1, keepdims=1)  # [B, 1]
+    state = _update(op, op("Add", op("Mul", base, op.constant(0.0, np.float32)), op.constant(-1e30, np.float32)), start, table, positions, picked)
+    count = t.size(k)
+    if isinstance(count, int):
+        trips = op.constant(count - 1, _INT)
+    else:
+        trips = op("Squeeze", op("Sub", count, op.ints([1])))
+    state = _loop(t, trips, state, base, table, positions, picked)
+    # Recover the set: picked tokens first, in order of position.
+    mark = op("Cast", op("Greater", state, op.constant(picked / 2, np.float32)), to=int(_INT))
+    key = op("Sub", op("Mul", mark, op("Add", depth, op.constant(1, _INT))), positions)
+    return op("TopK", key, t.size_vector(k), outputs=2, axis=1, largest=1, sorted=1)[1]
+
+
+def _update(op: Any, state: Any, choice: Any, table: Any, positions: Any, picked: float) -> Any:
+    """``state <- max(state, similarity[choice])``, and mark the choice."""
+    row = op("Squeeze", op("GatherND", table, op("Unsqueeze", choice, op.ints([2])), batch_dims=1), op.ints([1]))  # [B, N]
+    best = op("Max", state, row)
+    return op("Where", op("Equal", positions, choice), op.constant(picked, np.float32), best)
+
+
+class _Body(Recorder):
+    """Records the body of a loop; constants are those of the outer graph."""
+
+    def __init__(self, outer: Recorder, name: str) -> None:
+        super().__init__(outer.opset)
+        self.outer = outer
+        self.scope = name
+
+    def constant(self, value: Any, dtype: Any) -> ir.Value:
+        return self.outer.constant(value, dtype)
+
+    def unique(self, name: str) -> str:
+        return self.outer.unique(name)
+
+
+def _loop(t: Translator, trips: Any, state: Any, base: Any, table: Any, positions: Any, picked: float) -> Any:
+    scope = f"{t.op.scope}/loop"
+    step = ir.Value(name=t.op.unique(f"{scope}/step"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
+    going = ir.Value(name=t.op.unique(f"{scope}/going"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL))
+    held = ir.Value(name=t.op.unique(f"{scope}/state"), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None, None]))
+    body = _Body(t.op, scope)
+    score = body("Sub", base, held)
+    choice = body("ArgMax", score, axis=1, keepdims=1)
+    after = _update(body, held, choice, table, positions, picked)
+    on = body("Identity", going)
+    for value, kind in ((after, ir.DataType.FLOAT), (on, ir.DataType.BOOL)):
+        value.type = ir.TensorType(kind)
+    graph = ir.Graph([step, going, held], [on, after], nodes=body.nodes, opset_imports={"": t.op.opset}, name=scope)
+    true = t.op.constant(True, ir.DataType.BOOL)
+    return t.op("Loop", trips, true, state, body=graph)
+
+
+LOWERINGS: dict[Any, Any] = {
+    ops.gather_tokens.default: gather_tokens,
+    ops.scatter_tokens.default: scatter_tokens,
+    ops.merge_tokens.default: merge_tokens,
+    ops.topk_select.default: topk_select,
+    ops.attention_probs.default: attention_probs,
+    ops.greedy_select.default: greedy_select,
+}
