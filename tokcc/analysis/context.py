@@ -168,6 +168,7 @@ class Context:
                 valid=mask,
                 bias=space.bias,
                 ascending=space.ascending,
+                prefix=max(0, space.prefix - first),
                 suffix=space.suffix,
                 step=space.step,
                 restore=space.restore,
@@ -319,25 +320,31 @@ class Context:
         )
         aligned: list[Value] = []
         for operand, value in enumerate(values):
+            own = [(axis, joint) for group, joint in zip(groups, joints, strict=True) for op, axis in group if op == operand]
             batch: tuple[int, Axis] | None = None
             if batch_group is not None:
                 where = next((axis for op, axis in groups[batch_group] if op == operand), None)
                 batch = None if where is None else (where, joints[batch_group])
-            for group, joint in zip(groups, joints, strict=True):
-                for op, axis in group:
-                    if op == operand and joint and value.axes[axis]:
-                        value = self._bring(value, axis, joint, batch)  # noqa: PLW2901 - folded over its axes
+            # All axes are claimed before any is moved: a remap must know where the value has its batch axis.
+            for axis, joint in own:
+                value = self._claim(value, axis, joint)
+            for axis, joint in own:
+                value = self._bring(value, axis, joint, batch)
             aligned.append(value)
         return aligned, joints
 
-    def _bring(self, value: Value, axis: int, joint: Axis, batch: tuple[int, Axis] | None) -> Value:
+    def _claim(self, value: Value, axis: int, joint: Axis) -> Value:
+        """Tag an untagged axis beside a tagged one: it was aligned with it in the unreduced graph."""
         own = value.axes[axis]
-        if not any(f.space is not None for f in joint):
+        if not own or not any(f.space for f in joint) or any(f.space for f in own):
             return value
-        if not any(f.space is not None for f in own):
-            # An untagged axis beside a tagged one was aligned with it in the original graph: it is in the root space.
-            root = tuple(Factor(f.space.root if f.space is not None else None, f.old) for f in joint)
-            value = value.having(axes=(*value.axes[:axis], root, *value.axes[axis + 1 :]))
+        root = tuple(Factor(f.space.root if f.space is not None else None, f.old) for f in joint)
+        return value.having(axes=(*value.axes[:axis], root, *value.axes[axis + 1 :]))
+
+    def _bring(self, value: Value, axis: int, joint: Axis, batch: tuple[int, Axis] | None) -> Value:
+        """Bring one axis down to the joint axis of all operands."""
+        if not value.axes[axis]:
+            return value
         for position, factor in enumerate(joint):
             if factor.space is not None and value.axes[axis][position].space is not factor.space:
                 value = self.remap(value, axis, position, factor.space, batch)

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import DimDynamic, statically_known_true
 
 __all__ = ["Builder", "EagerBuilder", "GraphBuilder", "same_size"]
 
@@ -286,6 +288,8 @@ class GraphBuilder(Builder):
         self.scope: fx.Node | None = None
         self.constants: dict[str, torch.Tensor] = {}
         self.constant_nodes: list[fx.Node] = []
+        self.definitions: dict[sympy.Symbol, sympy.Expr] = {}
+        self._symbols: dict[sympy.Expr, torch.SymInt] = {}
         self._label: str | None = None
         self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
         self._cse: dict[Any, fx.Node] = {}
@@ -304,11 +308,14 @@ class GraphBuilder(Builder):
             key = _key(target, args, kwargs)
             if key is not None and key in self._cse:
                 return self._cse[key]
-        name = like.name if like is not None else self._name(target)
+        own = self.scope if self._label is None else None
+        name = like.name if like is not None else own.name if own is not None and own.target is target else self._name(target)
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         source = like or self.scope
         if source is not None:
             node.meta = {k: v for k, v in source.meta.items() if k in ("nn_module_stack", "stack_trace", "torch_fn")}
+        if self.scope is not None:
+            node.meta["origin"] = self.scope.name
         if self._label is not None:
             node.meta["tokcc"] = self._label
         if like is not None:
@@ -323,7 +330,39 @@ class GraphBuilder(Builder):
         """Compute the fake of a call from the fakes of its operands."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with self.fake_mode, torch.no_grad():
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target is callable
+            value = node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target is callable
+        node.meta["val"] = self._renamed(value)
+
+    def _renamed(self, value: Any) -> Any:
+        """Replace every size that is more than a difference by a symbol of its own."""
+        if isinstance(value, torch.SymInt):
+            return self._symbol_for(value)
+        if isinstance(value, list | tuple):
+            return type(value)(self._renamed(item) for item in value)
+        if not isinstance(value, torch.Tensor) or not any(_compound(size) for size in value.shape):
+            return value
+        sizes = [self._symbol_for(size) for size in value.shape]
+        with self.fake_mode:
+            return torch.empty(sizes, dtype=value.dtype, device=value.device)
+
+    def _symbol_for(self, size: Any) -> Any:
+        """Give a compound size its own symbol.
+
+        A schedule over many layers nests minima and divisions; carried along as one expression, every shape check would
+        take longer than the one before. The definition is kept for whoever needs the number.
+        """
+        shape_env = self.fake_mode.shape_env
+        if not _compound(size) or shape_env is None or size.node.hint is None:
+            return size
+        expression = size.node.expr
+        if expression not in self._symbols:
+            source = ConstantSource(f"tokcc_size_{len(self._symbols)}")
+            made = shape_env.create_unspecified_symint_and_symbol(int(size.node.hint), source, DimDynamic.DYNAMIC)
+            if not isinstance(made, torch.SymInt):
+                return size
+            self._symbols[expression] = made
+            self.definitions[made.node.expr] = expression
+        return self._symbols[expression]
 
     def _name(self, target: Any) -> str:
         packet = getattr(target, "_schema", None)
@@ -380,6 +419,16 @@ class GraphBuilder(Builder):
         self.constants[unique] = tensor
         self.constant_nodes.append(node)
         return node
+
+
+def _compound(size: Any) -> bool:
+    """Return True for a symbolic size that is more than a symbol plus or times a number."""
+    if isinstance(size, int):
+        return False
+    expression = size.node.expr
+    if any(type(part).__name__ in ("FloorDiv", "CleanDiv", "Min", "Max", "Mod") for part in sympy.preorder_traversal(expression)):
+        return True
+    return isinstance(expression, sympy.Add) and len(expression.free_symbols) > 1
 
 
 def _key(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,135 +75,134 @@ def _position(ctx: Context, space: TokenSpace, index: Any) -> int:
 
 
 def slice_(ctx: Context, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
-    """Slice; of a token axis only the protected head of it, or the rest after it."""
+    """Slice; of a token axis only protected tokens, or all tokens behind protected ones."""
     dim %= x.rank
     old = ctx.old_shape()
     space = _token_space(ctx, x.axes[dim])
     start = 0 if start is None else start
     if same_size(old[dim], x.old[dim]):
-        whole = x.axes[dim]
         if ctx.clean:
-            return x.having(handle=ctx.emit(), axes=x.axes, old=old)
-        if any(f.space is not None for f in whole):
+            return x.having(handle=ctx.emit(), old=old)
+        if any(f.space is not None for f in x.axes[dim]):
             return x.having(old=old)
     if space is None:
-        axes = (*x.axes[:dim], _fresh(old[dim]), *x.axes[dim + 1 :])
         if _batch(x.axes[dim]) and not ctx.clean:
             ctx.fail("the batch axis is sliced")
         args = [a.handle if isinstance(a, Value) else a for a in (x.handle, dim, start, end, step)]
-        return x.having(handle=ctx.emit(*args), axes=axes, old=old)
+        return _along(x, dim, ctx.emit(*args), _fresh(old[dim]), old)
     if step != 1 or not isinstance(start, int):
         return _unsupported(ctx, x, dim, old, "a token axis is sliced with a step or a computed start")
-    root = space.root
-    length = root.old
-    if start < 0 and isinstance(length, int):
-        start += length
-    stops_at_end = same_size(old[dim], length - start)
-    if start > 0 and stops_at_end:
-        if all(s.prefix >= start for s in space.chain[1:]):
-            tail = ctx.tail(space, start)
-            handle = ctx.emit() if ctx.clean else ctx.builder.slice(x.handle, dim, start)
-            axes = (*x.axes[:dim], (Factor(tail, tail.root.old),), *x.axes[dim + 1 :])
-            return x.having(handle=handle, axes=axes, old=old)
-        return _unsupported(ctx, x, dim, old, f"the tokens from {start} on are taken, but they are no longer together")
-    if start == 0 and isinstance(old[dim], int):
-        count = old[dim]
-        if all(s.prefix >= count for s in space.chain[1:]):
-            handle = ctx.emit() if ctx.clean else ctx.builder.slice(x.handle, dim, 0, count)
-            return x.having(handle=handle, axes=(*x.axes[:dim], _fresh(count), *x.axes[dim + 1 :]), old=old)
-    return _unsupported(ctx, x, dim, old, "a part of the token axis is taken, but its tokens may have been dropped")
+    if start < 0 and isinstance(space.root.old, int):
+        start += space.root.old
+    part = _part(ctx, x, dim, space, start, old)
+    if part is not None:
+        return part
+    what = f"the tokens from {start} on are taken" if start > 0 else "a part of the token axis is taken"
+    return _unsupported(ctx, x, dim, old, f"{what}, but they may have been dropped or moved")
+
+
+def _part(
+    ctx: Context, x: Value, dim: int, space: TokenSpace, start: Any, old: tuple[Any, ...], made: Any = None
+) -> Value | None:
+    """Take a part that every reduction has left in its place: protected tokens, or all tokens behind protected ones.
+
+    Args:
+        ctx: The context.
+        x: What is sliced.
+        dim: Its token axis.
+        space: The space of that axis.
+        start: First position in the unreduced graph; negative only where its length is symbolic.
+        old: Shape of the part in the unreduced graph.
+        made: The part, when a copied node makes it already.
+
+    Returns:
+        The part, or None when its tokens are not known to be there.
+    """
+    b = ctx.builder
+    count, reductions = old[dim], space.chain[1:]
+    if not isinstance(start, int):
+        return None
+    length = space.root.old
+    at_end = same_size(count, -start if start < 0 else length - start)
+    if start > 0 and at_end and all(s.prefix >= start for s in reductions):
+        handle = made or (ctx.emit() if ctx.clean else b.slice(x.handle, dim, start))
+        tail = ctx.tail(space, start)
+        return _along(x, dim, handle, (Factor(tail, tail.root.old),), old)
+    if not isinstance(count, int):
+        return None
+    if start >= 0 and all(s.prefix >= start + count for s in reductions):
+        handle = made or (ctx.emit() if ctx.clean else b.slice(x.handle, dim, start, start + count))
+        return _along(x, dim, handle, _fresh(count), old)
+    if at_end and all(s.suffix >= count for s in reductions):
+        handle = made or (ctx.emit() if ctx.clean else b.slice(x.handle, dim, b.sub_sizes(space.size, count)))
+        return _along(x, dim, handle, _fresh(count), old)
+    return None
+
+
+def _along(x: Value, dim: int, handle: Any, axis: Axis, old: tuple[Any, ...]) -> Value:
+    """Return a value that differs from ``x`` along one axis."""
+    return x.having(handle=handle, axes=(*x.axes[:dim], axis, *x.axes[dim + 1 :]), old=old)
 
 
 def _unsupported(ctx: Context, x: Value, dim: int, old: tuple[Any, ...], why: str) -> Value:
     if not ctx.clean:
         ctx.fail(why, help="protect these tokens (`protect: {first: P}`), or choose later layers")
-    return x.having(handle=ctx.emit(), axes=(*x.axes[:dim], _fresh(old[dim]), *x.axes[dim + 1 :]), old=old)
+    return _along(x, dim, ctx.emit(), _fresh(old[dim]), old)
 
 
 def _fresh(size: Any) -> Axis:
     return () if isinstance(size, int) and size == 1 else (Factor(None, size),)
 
 
-def _outputs(ctx: Context) -> list[tuple[Any, ...]]:
+def _old_outputs(ctx: Context) -> list[tuple[Any, ...]]:
+    """Return the shapes of all outputs in the unreduced graph."""
     assert ctx.node is not None
-    return [tuple(v.shape) for v in ctx.node.meta["val"]]
+    return [ctx.old_sizes(value) for value in ctx.node.meta["val"]]
 
 
 def split_with_sizes(ctx: Context, x: Value, sizes: Sequence[Any], dim: int = 0) -> tuple[Value, ...]:
-    """Split into parts of given sizes: along tokens, the protected head and the rest."""
-    dim %= x.rank
-    parts: list[Value] = []
-    start: Any = 0
-    space = _token_space(ctx, x.axes[dim])
-    if space is None or ctx.clean:
-        made = ctx.emit(x.handle, [s.handle if isinstance(s, Value) else s for s in sizes], dim)
-        return _getitems(ctx, x, made, dim, space)
-    for size in sizes:
-        old = list(x.old)
-        old[dim] = size
-        parts.append(_part(ctx, x, dim, start, size))
-        start = start + size
-    return tuple(parts)
-
-
-def _part(ctx: Context, x: Value, dim: int, start: Any, size: Any) -> Value:
-    space = _token_space(ctx, x.axes[dim])
-    assert space is not None
-    old = (*x.old[:dim], size, *x.old[dim + 1 :])
-    protected = all(isinstance(start, int) and s.prefix >= start for s in space.chain[1:])
-    b = ctx.builder
-    if protected and same_size(start + size, space.root.old):
-        tail = ctx.tail(space, start)
-        axes = (*x.axes[:dim], (Factor(tail, tail.root.old),), *x.axes[dim + 1 :])
-        return x.having(handle=b.slice(x.handle, dim, start), axes=axes, old=old)
-    if isinstance(start, int) and isinstance(size, int) and all(s.prefix >= start + size for s in space.chain[1:]):
-        axes = (*x.axes[:dim], _fresh(size), *x.axes[dim + 1 :])
-        return x.having(handle=b.slice(x.handle, dim, start, start + size), axes=axes, old=old)
-    ctx.fail("the token axis is split, and the parts are no longer together")
-
-
-def _getitems(ctx: Context, x: Value, made: Any, dim: int, space: TokenSpace | None) -> tuple[Value, ...]:
-    """Take the outputs of a split along ``dim``; in an unreduced graph a head/rest split keeps its spaces."""
-    import operator
-
-    values: list[Value] = []
-    start: Any = 0
-    for i, old in enumerate(_old_outputs(ctx)):
-        axis: Axis = _fresh(old[dim])
-        if space is not None and isinstance(start, int) and start > 0 and same_size(start + old[dim], space.root.old):
-            tail = ctx.tail(space, start)
-            axis = (Factor(tail, tail.root.old),)
-        start = start + old[dim]
-        handle = ctx.builder.call(operator.getitem, made, i)
-        values.append(x.having(handle=handle, axes=(*x.axes[:dim], axis, *x.axes[dim + 1 :]), old=old))
-    return tuple(values)
-
-
-def _old_outputs(ctx: Context) -> list[tuple[Any, ...]]:
-    return [tuple(shape) for shape in _outputs(ctx)]
+    """Split into parts of given sizes: along tokens, protected ones and the rest."""
+    given = [size.handle if isinstance(size, Value) else size for size in sizes]
+    return _split(ctx, x, given, dim % x.rank)
 
 
 def split(ctx: Context, x: Value, size: Any, dim: int = 0) -> tuple[Value, ...]:
     """Split into equal parts."""
-    dim %= x.rank
-    sizes = [old[dim] for old in _old_outputs(ctx)]
-    if _token_space(ctx, x.axes[dim]) is None or ctx.clean:
-        made = ctx.emit(x.handle, size.handle if isinstance(size, Value) else size, dim)
-        return _getitems(ctx, x, made, dim, _token_space(ctx, x.axes[dim]))
-    return split_with_sizes(ctx, x, sizes, dim)
+    return _split(ctx, x, size.handle if isinstance(size, Value) else size, dim % x.rank)
+
+
+def _split(ctx: Context, x: Value, given: Any, dim: int) -> tuple[Value, ...]:
+    space = _token_space(ctx, x.axes[dim])
+    b = ctx.builder
+    if _batch(x.axes[dim]) and not ctx.clean:
+        ctx.fail("the batch axis is split")
+    made = ctx.emit(x.handle, given, dim) if space is None or ctx.clean else None
+    parts: list[Value] = []
+    start: Any = 0
+    for i, old in enumerate(_old_outputs(ctx)):
+        handle = None if made is None else b.call(operator.getitem, made, i)
+        part = None if space is None else _part(ctx, x, dim, space, start, old, handle)
+        if part is None:
+            if handle is None:
+                ctx.fail(
+                    "the token axis is split, and the tokens of a part may have been dropped or moved",
+                    help="protect the first tokens (`protect: {first: P}`), or choose later layers",
+                )
+            part = _along(x, dim, handle, _fresh(old[dim]), old)
+        parts.append(part)
+        start = start + old[dim]
+    return tuple(parts)
 
 
 def unbind(ctx: Context, x: Value, dim: int = 0) -> tuple[Value, ...]:
     """Take every position of an axis without tokens."""
-    import operator
-
     dim %= x.rank
     if any(f.space is not None for f in x.axes[dim]) and not ctx.clean:
         ctx.fail("the token axis is taken apart")
     made = ctx.emit(x.handle, dim)
     axes = (*x.axes[:dim], *x.axes[dim + 1 :])
     old = (*x.old[:dim], *x.old[dim + 1 :])
-    count = len(_outputs(ctx))
+    count = len(_old_outputs(ctx))
     return tuple(x.having(handle=ctx.builder.call(operator.getitem, made, i), axes=axes, old=old) for i in range(count))
 
 
