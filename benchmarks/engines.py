@@ -40,9 +40,13 @@ class Model:
     outputs: tuple[str, ...]
     dynamic: dict[str, dict[int, Any]] | None = None
 
+    def named_args(self) -> dict[str, torch.Tensor]:
+        """The example inputs by name."""
+        return dict(zip(self.inputs, self.args, strict=True))
+
     def feeds(self) -> Feeds:
         """The example inputs as an ONNX feed."""
-        return {name: value.numpy() for name, value in zip(self.inputs, self.args, strict=True)}
+        return {name: value.numpy() for name, value in self.named_args().items()}
 
 
 def export_plain(model: Model, path: Path, opset: int = 18) -> Path:

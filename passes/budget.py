@@ -22,6 +22,8 @@ Rounding = Literal["ceil", "floor", "round"]
 class Count:
     """Kept tokens as a function of the candidates: ``n -> round(share * n)``, ``min(n, tokens)`` or ``n - remove``.
 
+    At least one candidate is kept.
+
     Fractions are exact decimals (0.7 is 7/10), so that the same number comes out at build time, in a symbolic graph
     and per sample.
 
@@ -56,8 +58,8 @@ class Count:
         if self.rounding == "ceil":
             return b.floordiv_sizes(b.add_sizes(b.mul_sizes(n, p), q - 1), q)
         if self.rounding == "floor":
-            return b.floordiv_sizes(b.mul_sizes(n, p), q)
-        return b.floordiv_sizes(b.add_sizes(b.mul_sizes(n, 2 * p), q), 2 * q)
+            return b.max_sizes(b.floordiv_sizes(b.mul_sizes(n, p), q), 1)
+        return b.max_sizes(b.floordiv_sizes(b.add_sizes(b.mul_sizes(n, 2 * p), q), 2 * q), 1)
 
     def kept_per_sample(self, b: Builder, current: Any, initial: Any) -> Any:
         """Return the same for int64 tensors ``[B]`` of true candidate counts."""
@@ -70,6 +72,8 @@ class Count:
         up = {"ceil": (p, q - 1, q), "floor": (p, 0, q), "round": (2 * p, q, 2 * q)}[self.rounding]
         scaled = b.add(b.mul(base, up[0]), up[1])
         kept = b.call(aten.div.Tensor_mode, scaled, up[2], rounding_mode="floor")
+        if self.rounding != "ceil":
+            kept = b.call(aten.clamp_min.default, kept, 1)
         return b.call(aten.minimum.default, kept, current) if self.of_initial else kept
 
 
@@ -102,6 +106,8 @@ def resolve_budget(budget: Budget, layers: tuple[int, ...], num_layers: int) -> 
         return [Count("remove", Fraction(r)) for r in _removals(budget, layers, num_layers)]
     if budget.tokens is not None:
         return [Count("tokens", Fraction(budget.tokens))] * len(layers)
+    if budget.stride is not None:
+        return [Count("share", Fraction(1, budget.stride), "floor", initial)] * len(layers)
     if budget.total_remove is not None:
         rate = (1.0 - budget.total_remove) ** (1.0 / len(layers))
         share = Fraction(rate).limit_denominator(10**6)
@@ -114,13 +120,10 @@ def resolve_budget(budget: Budget, layers: tuple[int, ...], num_layers: int) -> 
 def _removals(budget: Budget, layers: tuple[int, ...], num_layers: int) -> list[int]:
     """ToMe's schedule: linear in the layer, truncated; inflection 0 is constant, -1 falls from 2r to 0."""
     assert budget.remove is not None
-    if not budget.inflection:
-        return [budget.remove] * len(layers)
-    low = int(budget.remove * (1 - abs(budget.inflection)))
-    high = 2 * budget.remove - low
-    first, last = (high, low) if budget.inflection < 0 else (low, high)
+    first = int(budget.remove * (1 - _fraction(budget.inflection or 0.0)))
+    last = 2 * budget.remove - first
     steps = max(1, num_layers - 1)
-    return [int(first + (last - first) * layer / steps) for layer in layers]
+    return [int(first + Fraction(last - first) * layer / steps) for layer in layers]
 
 
 def _shares(budget: Budget, layers: tuple[int, ...]) -> list[Fraction]:

@@ -20,9 +20,7 @@ def normalised(b: Builder, x: Any) -> Any:
     return b.div(x, b.sqrt(b.clamp_min(squares, 1e-24)))
 
 
-def features(
-    cut: Cut, of: FeatureKind, heads: Literal["mean", "concat"] = "mean", *, normalise: bool = True
-) -> Any:
+def features(cut: Cut, of: FeatureKind, heads: Literal["mean", "concat"] = "mean", *, normalise: bool = True) -> Any:
     """Return fp32 vectors ``[B, N, D]`` of the current tokens.
 
     Args:

@@ -1,54 +1,82 @@
-"""What all matchings end with."""
+"""What matchings share: how many pairs they make, and how padded batches are put in order."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 
 from tokcc.passes.cut import Cut, Matched
-from tokcc.passes.ordering import valid_first
+from tokcc.passes.ordering import topk
 
-__all__ = ["finish_matching"]
+__all__ = ["interleaved", "matched_per_sample", "pairs", "pairs_per_sample"]
+
+aten = torch.ops.aten
+
+_PADDING, _SOURCE = 2**30, 2**30 + 1
+"""Places behind every token that stays: padding, and last the tokens that are merged away."""
 
 
-def finish_matching(
-    cut: Cut, keep: Any, source: Any, slot: Any, first: Any, size: Any, merges: Any, *, in_order: bool = False
-) -> Matched:
-    """Make a :class:`Matched`; with padding, weigh and compact it so that each sample gets what it gets alone.
+def pairs(cut: Cut) -> Any:
+    """Return how many pairs the budget asks for, at most half of the candidates."""
+    b, n = cut.b, cut.candidates
+    removed = b.sub_sizes(n, cut.count.kept(b, n, cut.initial_candidates))
+    return b.min_sizes(removed, b.floordiv_sizes(n, 2))
+
+
+def pairs_per_sample(cut: Cut) -> Any:
+    """Return the same for each sample of a padded batch, int64 ``[B, 1]``."""
+    b = cut.b
+    real = cut.valid_count()
+    initial = cut.initial_valid_count() if cut.count.of_initial else real
+    removed = b.sub(real, cut.count.kept_per_sample(b, real, initial))
+    half = b.call(aten.div.Tensor_mode, real, 2, rounding_mode="floor")
+    return b.unsqueeze(b.call(aten.minimum.default, removed, half), 1)
+
+
+def interleaved(cut: Cut, index: Any, values: Any) -> Any:
+    """Write ``values`` ``[B, M]`` at the tokens ``index`` ``[B, M]`` of a row of zeros, int64 ``[B, N]``."""
+    b = cut.b
+    empty = b.full([cut.batch.size, cut.tokens], 0, torch.int64, cut.x)
+    return b.scatter(empty, 1, index, b.cast(values, torch.int64))
+
+
+def matched_per_sample(cut: Cut, *, place: Any, merging: Any, to: Any, size: Any, in_order: bool = False) -> Matched:
+    """Make the matching of a padded batch, in which every sample merges as many pairs as it would alone.
+
+    Samples may merge fewer tokens than there are sources in the static shape. Tokens are sorted so that those that stay
+    come first, in the order that the sample has alone, then padding, then those that are merged away: the first
+    ``size`` are the output, and what is missing among the sources is padding, which weighs nothing.
 
     Args:
-        cut: The cut.
-        keep: int64 ``[B, K]``.
-        source: int64 ``[B, R]``.
-        slot: int64 ``[B, R]``.
-        first: Smallest slot.
-        size: K.
-        merges: With padding: bool ``[B, R]``, which sources really merge; the others count nothing.
-        in_order: Output order follows the sequence.
+        cut: The cut, with padding.
+        place: int64 ``[N]`` or ``[B, N]`` below 2**30: output order of the tokens that stay.
+        merging: int64 ``[B, N]``: 1 for the tokens that are merged away.
+        to: int64 ``[B, N]``: the token that each of them joins.
+        size: K, enough for the tokens that stay in every sample.
+        in_order: The output order follows the sequence.
     """
     b = cut.b
-    valid = cut.valid
-    if valid is None:
-        return Matched(keep, source, slot, first, size, ascending=in_order)
     dtype = b.dtype(cut.x)
-    weight = cut.space.weight
-    weight = b.cast(valid, dtype) if weight is None else b.mul(b.cast(weight, dtype), b.cast(valid, dtype))
-    if merges is not None:
-        # A source that does not merge is padding: it must already weigh nothing, whatever its slot.
-        own = b.mul(b.gather(weight, 1, source), b.cast(merges, dtype))
-        weight = b.scatter(weight, 1, source, own)
-    kept_valid = b.gather(valid, 1, keep)
-    order = valid_first(b, kept_valid, size)  # [B, K] output position -> old position
-    position = b.scatter(order, 1, order, cut.per_sample(b.arange(size, cut.x)))  # inverse
+    gone = b.compare("gt", merging, 0)
+    stays = b.logical_and(cut.valid, b.logical_not(gone))
+    key = b.where(stays, place, b.cast(b.where(gone, _SOURCE, _PADDING), torch.int64))
+    order = topk(b, b.mul(key, -1), cut.tokens, in_order=False)  # [B, N] ascending by key
+    position = b.scatter(order, 1, order, cut.per_sample(cut.positions()))  # inverse
+    keep = b.slice(order, 1, 0, size)
+    source = b.slice(order, 1, size, None)
+    slot = b.gather(position, 1, b.gather(to, 1, source))
+    slot = b.mul(slot, b.gather(merging, 1, source))  # padding goes to slot 0, where it adds nothing
+    weight = b.cast(cut.valid, dtype)
+    if cut.space.weight is not None:
+        weight = b.mul(b.cast(cut.space.weight, dtype), weight)
     return Matched(
-        keep=b.gather(keep, 1, order),
+        keep=keep,
         source=source,
-        slot=b.gather(position, 1, slot),
+        slot=slot,
         first=0,
         size=size,
-        valid=b.gather(kept_valid, 1, order),
+        valid=b.gather(stays, 1, keep),
         weight=weight,
         ascending=in_order,
     )
-
-

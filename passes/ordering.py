@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ import torch
 from tokcc.ir.builder import Builder
 from tokcc.passes.cut import Cut, Kept
 
-__all__ = ["LOWEST", "ascending", "keep_indices", "masked", "topk", "valid_first"]
+__all__ = ["LOWEST", "around", "ascending", "keep_indices", "masked", "topk"]
+
+aten = torch.ops.aten
 
 LOWEST = -1e30
 """Score of what must lose against every real score; finite, so that it survives arithmetic."""
@@ -22,9 +25,7 @@ def topk(b: Builder, score: Any, k: Any, *, in_order: bool) -> Any:
 
 def ascending(b: Builder, index: Any) -> Any:
     """Sort int64 ``[B, K]`` ascending."""
-    import operator
-
-    return b.call(operator.getitem, b.call(torch.ops.aten.sort.default, index, 1, False), 0)
+    return b.call(operator.getitem, b.call(aten.sort.default, index, 1, False), 0)
 
 
 def masked(cut: Cut, score: Any) -> Any:
@@ -34,12 +35,14 @@ def masked(cut: Cut, score: Any) -> Any:
     return score if cut.valid is None else b.where(cut.valid, score, LOWEST)
 
 
-def valid_first(b: Builder, valid: Any, size: Any) -> Any:
-    """Return the stable order that puts real slots before empty ones: int64 ``[B, K]``."""
-    return topk(b, b.cast(valid, torch.int32), size, in_order=False)
+def around(cut: Cut, rating: Any) -> Any:
+    """Put zeros at the protected tokens around a rating of the candidates: fp32 ``[B, M]`` -> ``[B, N]``."""
+    b = cut.b
+    before, behind = (b.full([cut.batch.size, n], 0.0, torch.float32, cut.x) for n in (cut.first, cut.last))
+    return b.cat([before] * bool(cut.first) + [rating] + [behind] * bool(cut.last), 1)
 
 
-def keep_indices(cut: Cut, score: Any, kept: Any, *, score_for_reducer: Any = None) -> Kept:
+def keep_indices(cut: Cut, score: Any, kept: Any, *, real: Any = None, score_for_reducer: Any = None) -> Kept:
     """Keep the protected tokens and the ``kept`` best candidates, in sequence order.
 
     With padding, each sample keeps the number of tokens it would keep alone; its slots beyond that are empty and come
@@ -49,6 +52,7 @@ def keep_indices(cut: Cut, score: Any, kept: Any, *, score_for_reducer: Any = No
         cut: The cut.
         score: ``[B, N]``, padding at the lowest.
         kept: Number of candidates to keep (int or size handle).
+        real: With padding: int64 ``[B]``, the candidates that the budget counts (default: all real ones).
         score_for_reducer: Passed on.
     """
     b = cut.b
@@ -57,22 +61,18 @@ def keep_indices(cut: Cut, score: Any, kept: Any, *, score_for_reducer: Any = No
     if cut.valid is None:
         index = cut.with_protected(topk(b, candidates, kept, in_order=True))
         return Kept(index, None, True, size, score_for_reducer)
-    real = cut.valid_count()
+    if cut.last:
+        cut.ctx.fail("the last token of a padded sample is padding, so it cannot be protected by its place")
+    real = cut.valid_count() if real is None else real
     initial = cut.initial_valid_count() if cut.count.of_initial else real
     per_sample = b.unsqueeze(cut.count.kept_per_sample(b, real, initial), 1)  # [B, 1]
     best = topk(b, candidates, kept, in_order=False)  # [B, kept]
-    rank = b.arange(kept, cut.x)
-    filled = b.compare("lt", rank, per_sample)  # [B, kept]
+    filled = b.compare("lt", b.arange(kept, cut.x), per_sample)  # [B, kept]
     # Sort by position with the empty slots at the end.
-    key = b.where(filled, best, b.add(best, cut.tokens))
-    key = ascending(b, key)
-    filled = b.compare("lt", key, cut.tokens) if isinstance(cut.tokens, int) else b.call(
-        torch.ops.aten.lt.Scalar, key, cut.tokens
-    )
-    index = b.where(filled, key, b.sub(key, cut.tokens))
-    keep = cut.with_protected(index)
-    real_slots = b.gather(cut.valid, 1, keep)
-    ends = [b.full([cut.batch.size, n], True, torch.bool, cut.x) for n in (cut.first, cut.last)]
-    parts = [ends[0]] * bool(cut.first) + [filled] + [ends[1]] * bool(cut.last)
-    valid = b.logical_and(real_slots, b.cat(parts, 1))
+    key = ascending(b, b.where(filled, best, b.add(best, cut.tokens)))
+    filled = b.call(aten.lt.Scalar, key, cut.tokens)
+    keep = cut.with_protected(b.where(filled, key, b.sub(key, cut.tokens)))
+    if cut.first:
+        filled = b.cat([b.full([cut.batch.size, cut.first], True, torch.bool, cut.x), filled], 1)
+    valid = b.logical_and(b.gather(cut.valid, 1, keep), filled)
     return Kept(keep, valid, True, size, score_for_reducer)

@@ -109,6 +109,7 @@ def finish(program: Program, builder: GraphBuilder, outputs: OutputPlan) -> Prog
         signature=signature,
         constants={**program.constants, **builder.constants},
         output_names=outputs.names,
+        symbols={**program.symbols, **builder.definitions},
     )
     return result.refreshed()
 

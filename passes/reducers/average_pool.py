@@ -29,11 +29,10 @@ class AveragePool(Reducer):
         width = chosen.width
         child.size = chosen.size
         child.index = b.mul(b.arange(chosen.size, cut.x), width)  # the first of each group
-        child.assign = b.call(
-            aten.clamp_max.default,
-            b.call(aten.div.Tensor_mode, cut.per_sample(cut.positions()), width, rounding_mode="floor"),
-            b.sub_sizes(chosen.size, 1) if isinstance(chosen.size, int) else 2**31,
-        )
-        whole = b.slice(cut.x, 1, 0, b.mul_sizes(chosen.size, width))
+        # Frames of an incomplete last group are given the last whole one.
+        last = b.mul_sizes(chosen.size, width)
+        inside = b.call(aten.clamp_max.default, cut.positions(), b.sub_sizes(last, 1))
+        child.assign = cut.per_sample(b.call(aten.div.Tensor_mode, inside, width, rounding_mode="floor"))
+        whole = b.slice(cut.x, 1, 0, last)
         shape = [b.size(whole, 0), chosen.size, width, b.size(whole, 2)]
         return b.mean(b.reshape(whole, shape), 2)

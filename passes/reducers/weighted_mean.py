@@ -34,9 +34,9 @@ class WeightedMean(Reducer):
         """See :class:`WeightedMean`."""
         b = cut.b
         weight = chosen.weight if chosen.weight is not None else cut.space.weight
-        if not self.track_size:
-            weight = chosen.weight  # only who is padding
         dtype = b.dtype(cut.x)
+        if not self.track_size:
+            weight = cut.valid  # only padding counts differently
         if weight is not None:
             weight = b.cast(weight, dtype)
         op = torch.ops.tokcc.merge_tokens.default

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from tokcc.kernels import attention_probs
+import torch
+from pydantic import Field, model_validator
+
 from tokcc.passes.cut import AttentionView, Cut
 from tokcc.passes.piece import Score
 
 __all__ = ["AttentionRows", "query_rows"]
 
-_ = attention_probs
-
 
 def query_rows(cut: Cut, view: AttentionView, start: Any, stop: Any) -> Any:
     """Return probabilities ``[B, H, R, N]`` of some query rows, beside an unchanged fused attention."""
-    import torch
-
     b = cut.b
     if view.probs is not None:
         return b.slice(view.probs, 2, start, stop)
@@ -33,9 +31,11 @@ class AttentionRows(Score):
     """Probabilities of some query rows, reduced over rows and heads (EViT, arXiv:2202.07800, eq. 3; FasterVLM).
 
     Attributes:
-        rows: ``cls`` = row 0, ``last`` = the last row, or explicit rows (contiguous).
+        rows: ``cls`` = row 0, ``last`` = the last row, or explicit neighbouring rows, whose mean counts.
         heads: How heads are combined.
-        from_layers: Layers to combine instead of the cut's own; negative ones count from it (0 = own, -1 = before).
+        from_layers: Layers to combine instead of the cut's own, counted from it: 0 = own, -1 = the one before.
+        since: Instead of that: all layers from this one up to the cut's own; negative counts from the model's end. A
+            model with fewer layers gives all it has.
         combine: How layers are combined.
     """
 
@@ -44,28 +44,40 @@ class AttentionRows(Score):
 
     rows: Literal["cls", "last"] | tuple[int, ...] = "cls"
     heads: Literal["mean", "sum", "max"] = "mean"
-    from_layers: tuple[int, ...] | None = None
+    from_layers: tuple[Annotated[int, Field(le=0)], ...] | None = Field(default=None, min_length=1)
     since: int | None = None
     combine: Literal["sum", "mean"] = "sum"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if isinstance(self.rows, tuple):
+            first = self.rows[0] if self.rows else -1
+            if first < 0 or self.rows != tuple(range(first, first + len(self.rows))):
+                raise ValueError("rows are given in ascending order, without gaps, from 0")
+        if self.from_layers is not None and self.since is not None:
+            raise ValueError("`from_layers` and `since` both choose the layers")
+        return self
 
     def layers(self, layer: int, num_layers: int) -> tuple[int, ...]:
         """Return the layers whose rows are read."""
         if self.since is not None:
             first = self.since if self.since >= 0 else num_layers + self.since
-            return tuple(range(min(first, layer), layer + 1))
-        if self.from_layers is None:
-            return (layer,)
-        return tuple(layer + i if i <= 0 else i for i in self.from_layers)
+            return tuple(range(min(max(first, 0), layer), layer + 1))
+        return tuple(layer + back for back in self.from_layers or (0,))
 
     def emit(self, cut: Cut) -> Any:
         """Return ``[B, N]``; probabilities are not renormalised after the protected columns are left out."""
         b = cut.b
         total: Any = None
         chosen = self.layers(cut.layer, cut.num_layers)
+        if min(chosen) < 0:
+            cut.ctx.fail(
+                f"the score reads the attention of {-min(self.from_layers or (0,))} layers before layer {cut.layer}",
+                help="choose later layers, or a smaller `from_layers`",
+            )
+        start, stop = self._span(cut)
         for layer in chosen:
-            view = cut.attention(layer)
-            start, stop = self._span(cut)
-            probs = query_rows(cut, view, start, stop)  # [B, H, R, N]
+            probs = query_rows(cut, cut.attention(layer), start, stop)  # [B, H, R, N]
             one_row = isinstance(b.shape(probs)[2], int) and b.shape(probs)[2] == 1
             row = b.squeeze(probs, 2) if one_row else b.mean(probs, 2)  # [B, H, N]
             score = {"mean": b.mean, "sum": b.sum, "max": b.amax}[self.heads](row, 1)  # [B, N]
@@ -76,5 +88,7 @@ class AttentionRows(Score):
         if self.rows == "cls":
             return 0, 1
         if self.rows == "last":
+            if cut.valid is not None:
+                cut.ctx.fail("the last row of a padded sample is padding", help="score from other rows")
             return cut.b.sub_sizes(cut.tokens, 1), None
-        return min(self.rows), max(self.rows) + 1
+        return self.rows[0], self.rows[-1] + 1

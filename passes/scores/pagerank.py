@@ -71,9 +71,7 @@ class PageRank(Score):
             off = b.mul(b.sub(vote, mean), real)
             variance = b.div(b.sum(b.mul(off, off), 2, keepdim=True), total)
             scaled = b.mul(variance, b.mul(total, total))
-        inside = b.logical_and(
-            b.compare("ge", scaled, self.min_variance), b.compare("le", scaled, self.max_variance)
-        )
+        inside = b.logical_and(b.compare("ge", scaled, self.min_variance), b.compare("le", scaled, self.max_variance))
         used = b.cast(inside, torch.float32)  # [B, H, 1]
         none = b.compare("eq", b.sum(used, 1, keepdim=True), 0.0)
         return b.where(none, 1.0, used)

@@ -15,7 +15,7 @@ _PERIOD = 4096
 
 
 class Random(Score):
-    """A fixed random order, the same for every sample; it depends on the step's seed and the layer."""
+    """A fixed random order by position, the same for every sample; it depends on the step's seed and the layer."""
 
     kind: ClassVar[str] = "random"
 
@@ -23,10 +23,11 @@ class Random(Score):
         """Return ``[B, N]``."""
         b = cut.b
         generator = torch.Generator().manual_seed(cut.seed * 1000003 + cut.layer)
-        if isinstance(cut.tokens, int):
-            table = torch.rand(cut.tokens, generator=generator)
-            return cut.per_sample(b.constant(f"tokcc_random_{cut.layer}", table))
+        # One table for all lengths, so that static and dynamic graphs, long and short samples choose alike.
         table = torch.randperm(_PERIOD, generator=generator).to(torch.float32) / _PERIOD
-        constant = b.constant(f"tokcc_random_{cut.layer}", table)
+        name = f"tokcc_random_{cut.layer}"
+        if isinstance(cut.tokens, int):
+            repeats = -(-cut.tokens // _PERIOD)
+            return cut.per_sample(b.constant(name, table.repeat(repeats)[: cut.tokens].clone()))
         index = b.call(torch.ops.aten.remainder.Scalar, cut.positions(), _PERIOD)
-        return cut.per_sample(b.call(torch.ops.aten.index_select.default, constant, 0, index))
+        return cut.per_sample(b.call(torch.ops.aten.index_select.default, b.constant(name, table), 0, index))

@@ -8,7 +8,7 @@ import torch
 
 from tokcc.passes.cut import Cut, Matched
 from tokcc.passes.features import FeatureKind, features
-from tokcc.passes.matching import finish_matching
+from tokcc.passes.matching import interleaved, matched_per_sample, pairs, pairs_per_sample
 from tokcc.passes.ordering import LOWEST, ascending, topk
 from tokcc.passes.piece import Selector
 
@@ -42,62 +42,60 @@ class Bipartite(Selector):
             cut.ctx.fail("bipartite matching cannot protect tokens at the end", help="leave out `protect.last`")
         metric = features(cut, self.of, self.heads)  # [B, N, D]
         n, p = cut.tokens, cut.first
+        start_a = 2 * ((p + 1) // 2)
+        # Where no odd token is left nothing merges, but a maximum needs one column.
+        start_b = b.min_sizes(2 * (p // 2) + 1, b.sub_sizes(n, 1))
+        even = b.slice(metric, 1, start_a, None, 2)  # [B, A, D]
+        odd = b.slice(metric, 1, start_b, None, 2)  # [B, C, D]
+        similarity = b.matmul(even, b.transpose(odd, 1, 2))  # [B, A, C]
+        if cut.valid is not None:
+            columns = b.slice(cut.valid, 1, start_b, None, 2)
+            similarity = b.where(b.unsqueeze(columns, 1), similarity, LOWEST)
+        best = b.amax(similarity, 2)  # [B, A]
+        to = b.argmax(similarity, 2)  # [B, A] column
+        r = pairs(cut)
+        return (self._whole if cut.valid is None else self._padded)(cut, best, to, r)
+
+    def _whole(self, cut: Cut, best: Any, to: Any, r: Any) -> Matched:
+        b, p, n = cut.b, cut.first, cut.tokens
         skip_a, skip_b = (p + 1) // 2, p // 2
-        even = b.slice(metric, 1, 2 * skip_a, None, 2)  # [B, A, D]
-        odd = b.slice(metric, 1, 2 * skip_b + 1, None, 2)  # [B, C, D]
         count_a = b.sub_sizes(b.floordiv_sizes(b.add_sizes(n, 1), 2), skip_a)
         count_b = b.sub_sizes(b.floordiv_sizes(n, 2), skip_b)
-        removed = b.sub_sizes(cut.candidates, cut.count.kept(b, cut.candidates, cut.initial_candidates))
-        r = b.min_sizes(removed, b.floordiv_sizes(cut.candidates, 2))
-        similarity = b.matmul(even, b.transpose(odd, 1, 2))  # [B, A, C]
-        valid = cut.valid
-        if valid is not None:
-            valid_a = b.slice(valid, 1, 2 * skip_a, None, 2)
-            valid_b = b.slice(valid, 1, 2 * skip_b + 1, None, 2)
-            similarity = b.where(b.unsqueeze(valid_b, 1), similarity, LOWEST)
-        best = b.amax(similarity, 2)  # [B, A]
-        to = b.argmax(similarity, 2)  # [B, A]
-        merges = None
-        if valid is not None:
-            best = b.where(valid_a, best, 2 * LOWEST)
-            order, merges = self._padded_order(cut, best, valid_a, count_a, r)
-        else:
-            order = topk(b, best, count_a, in_order=False)
+        order = topk(b, best, count_a, in_order=False)
         source_a = b.slice(order, 1, 0, r)  # [B, R]
         unmerged = ascending(b, b.slice(order, 1, r, count_a))  # [B, A - R]
         parts = [b.add(b.mul(unmerged, 2), 2 * skip_a)]
         if p:
             parts.insert(0, cut.per_sample(b.arange(p, cut.x)))
         parts.append(cut.per_sample(b.add(b.mul(b.arange(count_b, cut.x), 2), 2 * skip_b + 1)))
-        keep = b.cat(parts, 1)
         left = b.sub_sizes(count_a, r)
-        first = p + left if isinstance(left, int) else p
-        slot = b.add(b.gather(to, 1, source_a), b.add_sizes(left, p))
-        source = b.add(b.mul(source_a, 2), 2 * skip_a)
-        size = b.sub_sizes(n, r)
-        return finish_matching(cut, keep, source, slot, first, size, merges)
+        return Matched(
+            keep=b.cat(parts, 1),
+            source=b.add(b.mul(source_a, 2), 2 * skip_a),
+            slot=b.add(b.gather(to, 1, source_a), b.add_sizes(left, p)),
+            first=p + left if isinstance(left, int) else p,
+            size=b.sub_sizes(n, r),
+        )
 
-    def _padded_order(self, cut: Cut, best: Any, valid_a: Any, count_a: Any, r: Any) -> tuple[Any, Any]:
-        """Order the even tokens so that each sample merges as many real pairs as it would alone.
-
-        Returns:
-            The order, and which of its first r really merge, ``[B, R]``.
-        """
-        b = cut.b
-        by_score = topk(b, best, count_a, in_order=False)
-        rank = b.arange(count_a, cut.x)
-        real = cut.valid_count()  # [B]
-        if cut.count.kind == "remove":
-            wanted = b.call(aten.clamp_max.default, b.call(aten.div.Tensor_mode, real, 2, rounding_mode="floor"), int(cut.count.amount))
-        else:
-            left = b.sub(real, cut.count.kept_per_sample(b, real, real))
-            wanted = b.call(aten.minimum.default, left, b.call(aten.div.Tensor_mode, real, 2, rounding_mode="floor"))
-        own = b.unsqueeze(wanted, 1)  # [B, 1]
-        merging = b.compare("lt", rank, own)  # [B, A] by rank
-        real_by_rank = b.gather(valid_a, 1, by_score)
-        # First the real pairs, then padding (it disappears), last the real tokens that stay.
-        group = b.where(merging, 2, b.cast(b.logical_not(real_by_rank), torch.int64))
-        again = topk(b, group, count_a, in_order=False)
-        order = b.gather(by_score, 1, again)
-        merges = b.slice(b.compare("lt", rank, own), 1, 0, r)
-        return order, merges
+    def _padded(self, cut: Cut, best: Any, to: Any, r: Any) -> Matched:
+        """Each sample merges its own number of pairs."""
+        b, p, n = cut.b, cut.first, cut.tokens
+        skip_a, skip_b = (p + 1) // 2, p // 2
+        count_a = b.sub_sizes(b.floordiv_sizes(b.add_sizes(n, 1), 2), skip_a)
+        even = cut.per_sample(b.add(b.mul(b.arange(count_a, cut.x), 2), 2 * skip_a))  # [B, A] positions
+        best = b.where(b.gather(cut.valid, 1, even), best, 2 * LOWEST)
+        order = topk(b, best, count_a, in_order=False)
+        among_best = b.compare("lt", b.arange(count_a, cut.x), pairs_per_sample(cut))  # [B, A] by rank
+        position = cut.positions()
+        parity = b.call(aten.remainder.Scalar, position, 2)
+        # Even positions in order, then odd ones; the protected ones stand before both.
+        place = b.add(b.add(position, b.mul(parity, n)), p)
+        if p:
+            place = b.where(b.compare("lt", position, p), position, place)
+        return matched_per_sample(
+            cut,
+            place=place,
+            merging=interleaved(cut, b.gather(even, 1, order), among_best),
+            to=interleaved(cut, even, b.add(b.mul(to, 2), 2 * skip_b + 1)),
+            size=b.sub_sizes(n, r),
+        )

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from tokcc.passes.cut import Cut, Matched
 from tokcc.passes.features import FeatureKind, features
-from tokcc.passes.matching import finish_matching
+from tokcc.passes.matching import interleaved, matched_per_sample, pairs, pairs_per_sample
 from tokcc.passes.ordering import LOWEST, topk
 from tokcc.passes.piece import Selector
 
@@ -51,33 +51,38 @@ class Energy(Selector):
         cosine = b.matmul(metric, b.transpose(metric, 1, 2))  # [B, T, T]
         valid = None if cut.valid is None else cut.inner(cut.valid)
         energy = self._energy(cut, cosine, valid)  # [B, T]
-        removed = b.sub_sizes(n, cut.count.kept(b, n, cut.initial_candidates))
-        r = b.min_sizes(removed, b.floordiv_sizes(n, 2))
-        merges = None
         if valid is not None:
             energy = b.where(valid, energy, LOWEST)
         order = topk(b, energy, n, in_order=False)  # [B, T] by falling energy
-        if valid is not None:
-            order, merges = self._padded(cut, order, valid, n, r)
-        pairs = b.slice(order, 1, 0, b.mul_sizes(r, 2))  # [B, 2R]
-        left = b.slice(pairs, 1, 0, None, 2)  # [B, R] ranks 0, 2, 4, ...
-        right = b.slice(pairs, 1, 1, None, 2)  # [B, R]
+        r = pairs(cut)
+        mergeable = b.mul_sizes(r, 2)
+        left = b.slice(order, 1, 0, mergeable, 2)  # [B, R] ranks 0, 2, 4, ...
+        # Where nothing merges there is no right side, but a maximum needs one column.
+        right = b.slice(order, 1, b.min_sizes(1, b.sub_sizes(n, 1)), b.max_sizes(mergeable, 2), 2)  # ranks 1, 3, 5, ...
         rows = b.call(torch.ops.tokcc.gather_tokens.default, metric, left, 1, 0)
         columns = b.call(torch.ops.tokcc.gather_tokens.default, metric, right, 1, 0)
         between = b.matmul(rows, b.transpose(columns, 1, 2))  # [B, R, R]
-        if merges is not None:
-            between = b.where(b.unsqueeze(merges, 1), between, LOWEST)
-        to = b.argmax(between, 2)  # [B, R]
-        protected = b.slice(order, 1, b.mul_sizes(r, 2), n)  # [B, T - 2R] energy order
-        parts = [b.add(protected, p) if p else protected, b.add(right, p) if p else right]
+        own = None
+        if valid is not None:
+            own = pairs_per_sample(cut)  # [B, 1]
+            some = b.max_sizes(r, 1)
+            between = b.where(b.unsqueeze(b.compare("lt", b.arange(some, cut.x), own), 1), between, LOWEST)
+        to = b.argmax(between, 2)  # [B, R] column
+        if own is not None:
+            return self._padded(cut, order, own, left, b.gather(right, 1, to), r)
+        protected = b.slice(order, 1, mergeable, n)  # [B, T - 2R] energy order
+        kept = b.cat([protected, b.slice(right, 1, 0, r)], 1)
+        parts = [b.add(kept, p) if p else kept]
         if p:
             parts.insert(0, cut.per_sample(b.arange(p, cut.x)))
-        keep = b.cat(parts, 1)
-        start = b.add_sizes(b.sub_sizes(n, b.mul_sizes(r, 2)), p)
-        slot = b.add(to, start)
-        source = b.add(left, p) if p else left
-        first = start if isinstance(start, int) else p
-        return finish_matching(cut, keep, source, slot, first, b.sub_sizes(cut.tokens, r), merges)
+        start = b.add_sizes(b.sub_sizes(n, mergeable), p)
+        return Matched(
+            keep=b.cat(parts, 1),
+            source=b.add(left, p) if p else left,
+            slot=b.add(to, start),
+            first=start if isinstance(start, int) else p,
+            size=b.sub_sizes(cut.tokens, r),
+        )
 
     def _energy(self, cut: Cut, cosine: Any, valid: Any) -> Any:
         b = cut.b
@@ -92,18 +97,23 @@ class Energy(Selector):
         count = b.clamp_min(b.sum(real, 2), 1.0)
         return b.div(b.sum(b.mul(rated, real), 2), count)
 
-    def _padded(self, cut: Cut, order: Any, valid: Any, n: Any, r: Any) -> tuple[Any, Any]:
-        """Let each sample merge as many pairs as it would alone: real pairs first, then padding, then what stays."""
-        b = cut.b
-        real = cut.valid_count()
-        left = b.sub(real, cut.count.kept_per_sample(b, real, real))
-        own = b.call(aten.minimum.default, left, b.call(aten.div.Tensor_mode, real, 2, rounding_mode="floor"))
+    def _padded(self, cut: Cut, order: Any, own: Any, left: Any, to: Any, r: Any) -> Matched:
+        """Each sample merges its own number of pairs: real tokens come first in energy order, so its ranks are its own."""
+        b, p, n = cut.b, cut.first, cut.candidates
         rank = b.arange(n, cut.x)
-        merging = b.compare("lt", rank, b.unsqueeze(b.mul(own, 2), 1))
-        real_by_rank = b.gather(valid, 1, order)
-        group = b.where(merging, 2, b.cast(b.logical_not(real_by_rank), torch.int64))
-        order = b.gather(order, 1, topk(b, group, n, in_order=False))
-        merges = b.compare("lt", b.arange(r, cut.x), b.unsqueeze(own, 1))
-        return order, merges
-
-
+        parity = b.call(aten.remainder.Scalar, rank, 2)
+        matched = b.cast(b.compare("lt", rank, b.mul(own, 2)), torch.int64)  # [B, T] by rank
+        place = b.add(b.add(b.mul(b.mul(matched, parity), n), rank), p)  # right sides come last
+        if p:
+            order, left, to = b.add(order, p), b.add(left, p), b.add(to, p)
+        place = interleaved(cut, order, place)
+        if p:
+            position = cut.positions()
+            place = b.where(b.compare("lt", position, p), position, place)
+        return matched_per_sample(
+            cut,
+            place=place,
+            merging=interleaved(cut, left, b.compare("lt", b.arange(r, cut.x), own)),
+            to=interleaved(cut, left, to),
+            size=b.sub_sizes(cut.tokens, r),
+        )

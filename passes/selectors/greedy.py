@@ -9,7 +9,7 @@ from pydantic import Field
 
 from tokcc.passes.cut import Cut, Kept
 from tokcc.passes.features import FeatureKind, features
-from tokcc.passes.ordering import LOWEST, keep_indices
+from tokcc.passes.ordering import LOWEST, around, keep_indices, masked
 from tokcc.passes.piece import Selector
 
 __all__ = ["Greedy"]
@@ -22,8 +22,9 @@ class Greedy(Selector):
 
     Attributes:
         of: Vectors that similarity (cosine) is measured on.
-        relevance: Weight of the importance score in [0, 1]: 0 = pure diversity (DivPrune, arXiv:2503.02175), between =
-            maximal marginal relevance ``lam * I - (1 - lam) * max_s cos`` with I scaled to [0, 1] (IDPruner), 1 = top-k.
+        relevance: Weight lam of the importance score I, scaled to [0, 1]: 0 = pure diversity (DivPrune,
+            arXiv:2503.02175), between = maximal marginal relevance ``lam * I - (1 - lam) * max_s cos`` (IDPruner),
+            1 = top-k.
         start: First pick: ``isolated`` = the largest distance to its nearest neighbour, ``score`` = the best score.
     """
 
@@ -45,7 +46,13 @@ class Greedy(Selector):
         if score is not None:
             importance = self._scaled(cut, cut.inner(b.cast(score, torch.float32)), valid)
         if importance is not None and self.relevance == 1.0:
-            return self._pack(cut, importance, valid, kept)
+            return self._rated(cut, importance, kept)
+        if valid is not None and cut.count.kind != "tokens":
+            # Picks come back as a set, so it cannot be cut off where a shorter sample would have stopped.
+            cut.ctx.fail(
+                "greedy selection keeps the same number of tokens in every sample of a padded batch",
+                help="use `budget: {tokens: K}`, or a model without a padding mask",
+            )
         first = importance if self.start == "score" and importance is not None else self._isolation(cut, cosine, valid)
         zeros = b.call(aten.zeros_like.default, first)
         unary = zeros
@@ -57,19 +64,14 @@ class Greedy(Selector):
             first = b.where(valid, first, LOWEST)
         index = b.call(torch.ops.tokcc.greedy_select.default, cosine, unary, first, kept)  # [B, kept] ascending
         if valid is not None:
-            # Rows are ranked by being picked; padding is picked last, and cut off per sample.
-            flags = b.scatter(zeros, 1, index, b.full([cut.batch.size, kept], 1.0, torch.float32, cut.x))
-            return self._pack(cut, b.where(valid, flags, LOWEST), valid, kept)
+            # Padding is picked last, so a sample with fewer than K real tokens has all of them picked.
+            picked = b.full([cut.batch.size, kept], 1.0, torch.float32, cut.x)
+            return self._rated(cut, b.scatter(zeros, 1, index, picked), kept)
         return Kept(cut.with_protected(index), None, True, b.add_sizes(kept, cut.first + cut.last))
 
-    def _pack(self, cut: Cut, rating: Any, valid: Any, kept: Any) -> Kept:
-        b = cut.b
-        if valid is not None:
-            rating = b.where(valid, rating, LOWEST)
-        pad_first = b.full([cut.batch.size, cut.first], 0.0, torch.float32, cut.x)
-        pad_last = b.full([cut.batch.size, cut.last], 0.0, torch.float32, cut.x)
-        whole = b.cat([pad_first] * bool(cut.first) + [rating] + [pad_last] * bool(cut.last), 1)
-        return keep_indices(cut, whole, kept)
+    def _rated(self, cut: Cut, rating: Any, kept: Any) -> Kept:
+        """Keep the best by a rating of the candidates, ``[B, M]``."""
+        return keep_indices(cut, masked(cut, around(cut, rating)), kept)
 
     def _scaled(self, cut: Cut, score: Any, valid: Any) -> Any:
         """Min-max scaling per sample."""

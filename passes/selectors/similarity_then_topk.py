@@ -9,10 +9,12 @@ from pydantic import Field
 
 from tokcc.passes.cut import Cut, Kept
 from tokcc.passes.features import FeatureKind, features
-from tokcc.passes.ordering import LOWEST, keep_indices, masked, topk
+from tokcc.passes.ordering import LOWEST, around, keep_indices, masked, topk
 from tokcc.passes.piece import Selector
 
 __all__ = ["SimilarityThenTopK"]
+
+aten = torch.ops.aten
 
 
 class SimilarityThenTopK(Selector):
@@ -39,21 +41,40 @@ class SimilarityThenTopK(Selector):
         metric = cut.inner(features(cut, self.of, "concat"))
         order = topk(b, rating, n, in_order=False)  # [B, M] most important first
         better = b.floordiv_sizes(b.add_sizes(n, 1), 2)
-        worse = b.sub_sizes(n, better)
-        removed = b.min_sizes(self.duplicates, worse)
-        high = b.slice(order, 1, 0, better)
-        low = b.slice(order, 1, better, n)  # [B, W]
-        gather = torch.ops.tokcc.gather_tokens.default
-        similarity = b.matmul(
-            b.call(gather, metric, low, 1, 0), b.transpose(b.call(gather, metric, high, 1, 0), 1, 2)
-        )  # [B, W, M - W]
-        closest = b.amax(similarity, 2)  # [B, W]
-        twins = topk(b, closest, removed, in_order=False)  # [B, removed] positions in `low`
-        gone = b.gather(low, 1, twins)
-        floor = b.full([cut.batch.size, removed], 2 * LOWEST, torch.float32, cut.x)
-        rating = b.scatter(rating, 1, gone, floor)
-        left = b.sub_sizes(n, removed)
-        kept = cut.count.kept(b, left, cut.initial_candidates)
-        sides = [b.full([cut.batch.size, k], 0.0, torch.float32, cut.x) for k in (cut.first, cut.last)]
-        whole = b.cat([sides[0]] * bool(cut.first) + [rating] + [sides[1]] * bool(cut.last), 1)
-        return keep_indices(cut, whole, kept)
+        removed = b.min_sizes(self.duplicates, b.sub_sizes(n, better))
+        metric = b.call(torch.ops.tokcc.gather_tokens.default, metric, order, 1, 0)  # by importance
+        real = None
+        if cut.valid is None:
+            low, high = b.slice(metric, 1, better, None), b.slice(metric, 1, 0, better)
+            closest = b.amax(b.matmul(low, b.transpose(high, 1, 2)), 2)  # [B, W]
+            twins = b.add(topk(b, closest, removed, in_order=False), better)  # [B, removed] ranks
+            gone = b.gather(order, 1, twins)
+            worst = b.full([cut.batch.size, removed], 2 * LOWEST, torch.float32, cut.x)
+        else:
+            closest, own, real = self._padded(cut, metric)
+            twins = topk(b, closest, removed, in_order=False)
+            gone = b.gather(order, 1, twins)
+            twin = b.compare("lt", b.arange(removed, cut.x), own)  # a sample may have fewer
+            worst = b.cast(b.where(twin, 2 * LOWEST, b.gather(rating, 1, gone)), torch.float32)
+        rating = b.scatter(rating, 1, gone, worst)
+        kept = cut.count.kept(b, b.sub_sizes(n, removed), cut.initial_candidates)
+        return keep_indices(cut, around(cut, rating), kept, real=real)
+
+    def _padded(self, cut: Cut, metric: Any) -> tuple[Any, Any, Any]:
+        """Split each sample's real tokens at its own half.
+
+        Returns:
+            The largest similarity to a more important token, ``[B, M]`` by rank (lowest for those that are not
+            candidates), how many duplicates go, ``[B, 1]``, and how many tokens that leaves, ``[B]``.
+        """
+        b = cut.b
+        real = cut.valid_count()
+        half = b.call(aten.div.Tensor_mode, real, 2, rounding_mode="floor")
+        own = b.call(aten.clamp_max.default, half, self.duplicates)
+        better = b.unsqueeze(b.sub(real, half), 1)  # [B, 1]
+        rank = b.unsqueeze(b.arange(cut.candidates, cut.x), 0)
+        high = b.compare("lt", rank, better)  # [B, M]
+        low = b.logical_and(b.logical_not(high), b.compare("lt", rank, b.unsqueeze(real, 1)))
+        similarity = b.matmul(metric, b.transpose(metric, 1, 2))  # [B, M, M]
+        closest = b.amax(b.where(b.unsqueeze(high, 1), similarity, LOWEST), 2)
+        return b.where(low, closest, 2 * LOWEST), b.unsqueeze(own, 1), b.sub(real, own)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from tokcc.passes.cut import Cut, Kept
+from tokcc.passes.ordering import keep_indices, masked
 from tokcc.passes.piece import Selector
 
 __all__ = ["Uniform"]
@@ -25,36 +26,28 @@ class Uniform(Selector):
         del score
         b = cut.b
         kept = cut.count.kept(b, cut.candidates, cut.initial_candidates)
-        size = b.add_sizes(kept, cut.first + cut.last)
+        if cut.valid is not None:
+            return keep_indices(cut, self._flags(cut), kept)
         steps = b.arange(kept, cut.x)
-        if cut.valid is None:
-            spread = b.call(aten.div.Tensor_mode, b.mul(steps, cut.candidates), kept, rounding_mode="floor")
-            return Kept(self._shared(cut, spread), None, True, size)
-        real = cut.valid_count()
-        initial = cut.initial_valid_count() if cut.count.of_initial else real
-        own = cut.count.kept_per_sample(b, real, initial)  # [B]
-        spread = b.call(
-            aten.div.Tensor_mode,
-            b.mul(steps, b.unsqueeze(real, 1)),
-            b.unsqueeze(b.call(aten.clamp_min.default, own, 1), 1),
-            rounding_mode="floor",
-        )  # [B, K]
-        filled = b.compare("lt", steps, b.unsqueeze(own, 1))
-        # Empty slots must not repeat a real token: they take positions after the last real candidate where there are any.
-        last = b.sub_sizes(cut.candidates, 1)
-        spread = b.where(filled, spread, b.call(aten.clamp_max.default, steps, last))
-        keep = cut.with_protected(spread)
-        ends = [b.full([cut.batch.size, n], True, torch.bool, cut.x) for n in (cut.first, cut.last)]
-        parts = [ends[0]] * bool(cut.first) + [filled] + [ends[1]] * bool(cut.last)
-        valid = b.logical_and(b.gather(cut.valid, 1, keep), b.cat(parts, 1))
-        return Kept(keep, valid, True, size)
-
-    def _shared(self, cut: Cut, spread: Any) -> Any:
-        """One index for all samples: ``[K]``."""
-        b = cut.b
+        spread = b.call(aten.div.Tensor_mode, b.mul(steps, cut.candidates), kept, rounding_mode="floor")
         parts = [b.add(spread, cut.first) if cut.first else spread]
         if cut.first:
             parts.insert(0, b.arange(cut.first, cut.x))
         if cut.last:
             parts.append(b.add(b.arange(cut.last, cut.x), b.sub_sizes(cut.tokens, cut.last)))
-        return b.cat(parts, 0)
+        return Kept(b.cat(parts, 0), None, True, b.add_sizes(kept, cut.first + cut.last))
+
+    def _flags(self, cut: Cut) -> Any:
+        """Rate the candidates that a sample keeps alone 1, ``[B, N]``.
+
+        Candidate j is kept when an i with ``floor(i * n / K) = j`` exists: when ``ceil(j * K / n) * n < (j + 1) * K``.
+        """
+        b = cut.b
+        real = cut.valid_count()
+        initial = cut.initial_valid_count() if cut.count.of_initial else real
+        own = b.unsqueeze(cut.count.kept_per_sample(b, real, initial), 1)  # K, [B, 1]
+        n = b.unsqueeze(b.call(aten.clamp_min.default, real, 1), 1)
+        j = b.sub(b.unsqueeze(cut.positions(), 0), cut.first)  # [1, N]
+        step = b.call(aten.div.Tensor_mode, b.sub(b.add(b.mul(j, own), n), 1), n, rounding_mode="floor")
+        kept = b.compare("lt", b.mul(step, n), b.mul(b.add(j, 1), own))
+        return masked(cut, b.cast(kept, torch.float32))

@@ -2,10 +2,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import vits
+from examples import transformer_classifier
 from tokcc.config import load_policy
+from tokcc.ir.program import Program
 from tokcc.passes.methods import library
+from tokcc.testing import plan_for, trace
 
 POLICIES = sorted((Path(__file__).parents[2] / "examples" / "policies").glob("*.yaml"))
+TEXT = ("bert-power",)
 
 
 @pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
@@ -17,3 +22,16 @@ def test_example_policy_is_valid(path: Path) -> None:
 
 def test_there_are_policies() -> None:
     assert len(POLICIES) >= 8
+
+
+@pytest.fixture(scope="module")
+def programs() -> dict[str, Program]:
+    vit = vits.model("vit-s", 2)
+    classifier, args = transformer_classifier.classifier()
+    return {"image": trace(vit.module, vit.named_args()), "text": trace(classifier, {"ids": args[0]})}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
+def test_example_policy_fits_a_model(path: Path, programs: dict[str, Program]) -> None:
+    plan_for(programs["text" if path.stem in TEXT else "image"], path)

@@ -36,6 +36,7 @@ class Context:
         clean: True when no operand is in a reduced space: the node is copied and only its axes are derived.
         original: The mapped arguments of the old node, for copying.
         recompute: Evaluates an old side-tensor node again in a reduced space; set by the walk.
+        old_size: Returns a size of the unreduced graph; set by the walk, which knows what symbols stand for.
     """
 
     builder: Builder
@@ -43,7 +44,7 @@ class Context:
     clean: bool = True
     original: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     recompute: Callable[[Any, TokenSpace], Any] | None = None
-    old_shape_of: Callable[[fx.Node], tuple[Any, ...]] | None = None
+    old_size: Callable[[Any], Any] = lambda size: size
     _index: dict[tuple[TokenSpace, TokenSpace], Any] = field(default_factory=dict)
     _remapped: dict[Any, Any] = field(default_factory=dict)
 
@@ -82,12 +83,14 @@ class Context:
             return self.builder.call(self.node.target, *args, like=self.node, **kwargs)
         return self.builder.call(self.node.target, *args, **kwargs)
 
-    def old_shape(self, node: fx.Node | None = None) -> tuple[Any, ...]:
-        """Return the shape that a node (default: the node in work) has in the unreduced graph."""
-        assert self.old_shape_of is not None
-        target = node or self.node
-        assert target is not None
-        return self.old_shape_of(target)
+    def old_shape(self) -> tuple[Any, ...]:
+        """Return the shape of the node in work in the unreduced graph."""
+        assert self.node is not None
+        return self.old_sizes(self.node.meta["val"])
+
+    def old_sizes(self, tensor: Any) -> tuple[Any, ...]:
+        """Return the sizes of a fake tensor of the unreduced graph."""
+        return tuple(self.old_size(size) for size in tensor.shape)
 
     # sizes --------------------------------------------------------------------------------------------------------------
 
@@ -404,6 +407,33 @@ class Context:
             handle = self.builder.unsqueeze(value.handle, 0)
             value = value.having(handle=handle, axes=((), *value.axes), old=(1, *value.old))
         return value
+
+    def per_token(self, rows: Any, axes: Sequence[Axis], axis: int) -> Any:
+        """Shape a number per token ``[B, K]`` so that it broadcasts against a value.
+
+        Args:
+            rows: The numbers.
+            axes: Axes of the value.
+            axis: Its token axis.
+        """
+        b = self.builder
+        where = next((i for i, a in enumerate(axes) if any(f.space is not None and f.space.is_batch for f in a)), None)
+        if where is None or where == axis or len(axes[axis]) > 1:
+            self.fail("tokens count differently here, and the layout does not tell which sample they belong to")
+        factors = axes[where]
+        if len(factors) > 1:
+            place = next(i for i, f in enumerate(factors) if f.space is not None and f.space.is_batch)
+            for i in range(len(factors)):
+                if i != place:
+                    rows = b.unsqueeze(rows, i)
+            rows = b.expand(rows, [*(self.factor_size(f) for f in factors), -1])
+            rows = b.reshape(rows, [self.axis_size(factors), self.axis_size(axes[axis])])
+        if where > axis:
+            rows = b.transpose(rows, 0, 1)
+        for i in range(len(axes)):
+            if i not in (where, axis):
+                rows = b.unsqueeze(rows, i)
+        return rows
 
     # going back up ------------------------------------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ class Walk:
         self._on_value = on_value
         self._on_operand = on_operand
         self._bindings: dict[Any, int] = {}
-        self.ctx = Context(builder=builder, recompute=self.recompute, old_shape_of=self.old_shape)
+        self.ctx = Context(builder=builder, recompute=self.recompute, old_size=self.old_size)
 
     # shapes of the unreduced graph --------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ __all__ = [
 
 NodeKind = Literal["prune", "merge", "sparse_attention", "evict_kv"]
 
-_AMOUNTS = ("keep", "tokens", "remove", "schedule", "total_remove", "kv", "flops")
+_AMOUNTS = ("keep", "tokens", "remove", "stride", "schedule", "total_remove", "kv", "flops")
 # Without a model, two steps are said to contradict only if they do at every depth up to this one.
 _DEEPEST = 128
 
@@ -111,6 +111,7 @@ class Budget(Strict):
         keep: Kept fraction of the candidates.
         tokens: Kept tokens.
         remove: Removed tokens, in each chosen layer.
+        stride: One of so many tokens stays, an incomplete rest is dropped.
         schedule: One entry for each chosen layer: int = kept tokens, fraction = kept share.
         total_remove: Fraction removed over all chosen layers together, at the same rate in each.
         kv: A cache capacity, split.
@@ -124,6 +125,7 @@ class Budget(Strict):
     keep: Annotated[float | None, real(above=0, most=1)] = None
     tokens: Annotated[int | None, whole(least=1)] = None
     remove: Annotated[int | None, whole(least=0)] = None
+    stride: Annotated[int | None, whole(least=1)] = None
     schedule: Annotated[tuple[int | float, ...] | None, BeforeValidator(_check_schedule)] = None
     total_remove: Annotated[float | None, real(above=0, below=1)] = None
     kv: KvBudget | None = None

@@ -7,10 +7,11 @@ place so that passes can add constants and rebuild the graph, and turned back in
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import sympy
 import torch
 from torch import fx
 from torch.export import ExportedProgram, ModuleCallEntry
@@ -43,6 +44,7 @@ class Program:
         constants: Lifted constants and non-persistent buffers by fully qualified name.
         origin: The exported program this one came from; its ranges, call specs and verifiers are reused.
         notes: What passes want the report to say.
+        symbols: Definitions of the size symbols that reductions introduced, by symbol.
         output_names: One name per output: dict keys where the model returns a dict, else ``output`` or ``output_0``, ...
     """
 
@@ -53,6 +55,7 @@ class Program:
     origin: ExportedProgram
     notes: tuple[str, ...] = field(default=())
     output_names: tuple[str, ...] = ()
+    symbols: Mapping[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def from_exported(cls, exported: ExportedProgram) -> Program:
@@ -98,6 +101,20 @@ class Program:
         changed = copy.copy(signature)
         changed.out_spec = pytree.tree_structure(tree)
         return ModuleCallEntry(fqn=entry.fqn, signature=changed)
+
+    def bindings(self, inputs: Mapping[str, Sequence[int]]) -> dict[Any, int]:
+        """Return the value of every size symbol for given input shapes."""
+        known: dict[Any, int] = {}
+        for node in self.user_inputs:
+            fake, shape = node.meta.get("val"), inputs.get(node.name)
+            if not isinstance(fake, torch.Tensor) or shape is None:
+                continue
+            for size, number in zip(fake.shape, shape, strict=True):
+                if not isinstance(size, int) and size.node.expr.is_symbol:
+                    known[size.node.expr] = int(number)
+        for symbol, expression in self.symbols.items():
+            known[symbol] = int(expression.xreplace({k: sympy.Integer(v) for k, v in known.items()}))
+        return known
 
     def with_graph(self, graph: fx.Graph, signature: ExportGraphSignature | None = None) -> Program:
         """Return the same program over another graph."""

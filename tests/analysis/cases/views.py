@@ -91,7 +91,7 @@ def _written_otherwise(x: Tensor) -> tuple[Tensor, ...]:
         aten.movedim.int(x, 1, 0),
         aten.permute.default(heads, [0, -2, 1, -1]),
         aten.transpose.int(heads, -3, -2),
-        aten.squeeze.default(x.unsqueeze(1).unsqueeze(-1)),
+        aten.squeeze.default(x.unsqueeze(1).unsqueeze(-1)).reshape(batch, tokens, width),  # B = 1 in the reference
         aten.squeeze.dim(x, 2),
     )
 

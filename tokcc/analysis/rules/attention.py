@@ -79,7 +79,8 @@ def attention(
     if space is not None and space.reduced:
         extra = key_bias(ctx, space, b.dtype(q.handle))
         if extra is not None:
-            bias = _join_masks(ctx, bias, extra, q)
+            extra = ctx.per_token(extra, (*joints[:lead], (), key_axis), rank - 1)
+            bias = _join_masks(ctx, bias, extra)
     if is_causal:
         _check_causal(ctx, q, k)
         if bias is not None:
@@ -90,18 +91,9 @@ def attention(
     return Value(handle, axes, old)
 
 
-def _join_masks(ctx: Context, mask: Any, extra: Any, query: Value) -> Any:
-    """Add the per-key bias ``[B, K]`` to a mask that may be absent, boolean or additive."""
+def _join_masks(ctx: Context, mask: Any, extra: Any) -> Any:
+    """Add a bias per key to a mask that may be absent, boolean or additive."""
     b = ctx.builder
-    batch = query.axes[0]
-    extra = b.unsqueeze(extra, 1)  # [B, 1, K]
-    if len(batch) > 1:
-        if batch[0].space is None or not batch[0].space.is_batch:
-            ctx.fail("attention over reduced tokens with the batch fused behind another axis")
-        extra = b.expand(b.unsqueeze(extra, 1), [-1, ctx.axis_size(batch[1:]), -1, -1])
-        extra = b.reshape(extra, [ctx.axis_size(batch), 1, b.size(extra, 3)])
-    for _ in range(query.rank - 3):
-        extra = b.unsqueeze(extra, 1)  # [B, 1, 1, K]
     if mask is None:
         return extra
     if b.dtype(mask) == torch.bool:

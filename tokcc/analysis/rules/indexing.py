@@ -49,29 +49,33 @@ def _position(ctx: Context, space: TokenSpace, index: Any) -> int:
     """Translate a fixed position in the root space to the position of the same token in a reduced space."""
     if not isinstance(index, int):
         ctx.fail("a token is selected at a position that is computed")
-    root = space.root
-    if index < 0 and isinstance(root.old, int):
-        index += root.old
+    if index < 0 and isinstance(space.root.old, int):
+        index += space.root.old
     for step in space.chain[1:]:
+        assert step.parent is not None
+        before = step.parent.size
+        if index >= 0 and isinstance(before, int) and index >= before - step.suffix:
+            index -= before  # protected at the end: counted from there
         if step.rows is not None:
-            if index < 0:
-                ctx.fail("a token is selected from the end of a sequence of symbolic length")
-            if index not in step.rows:
-                ctx.fail(f"token {index} is selected, but only the rows {list(step.rows)} were computed")
-            index = step.rows.index(index)
-        elif index >= 0 and index < step.prefix:
-            continue
-        elif index < 0 and -index <= step.suffix:
-            continue
-        elif isinstance(step.old, int) and isinstance(step.size, int) and index >= step.old - step.suffix and index >= 0:
-            index -= step.old - step.size
-        else:
+            index = _row(ctx, step.rows, index + before if index < 0 and isinstance(before, int) else index)
+        elif not (0 <= index < step.prefix or 0 < -index <= step.suffix):
             ctx.fail(
                 f"token {index} is selected, but it may have been dropped",
                 needed="a protected token",
-                help=f"protect it: `protect: {{first: {index + 1}}}`" if index >= 0 else "protect it: `protect: {last: 1}`",
+                help=f"protect it: `protect: {{first: {index + 1}}}`"
+                if index >= 0
+                else f"protect it: `protect: {{last: {-index}}}`",
             )
     return index
+
+
+def _row(ctx: Context, rows: Sequence[int], index: int) -> int:
+    """Translate a position to its place in a fixed row list."""
+    if index < 0:
+        ctx.fail("a token is selected from the end of a sequence of symbolic length")
+    if index not in rows:
+        ctx.fail(f"token {index} is selected, but only the rows {list(rows)} were computed")
+    return rows.index(index)
 
 
 def slice_(ctx: Context, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:

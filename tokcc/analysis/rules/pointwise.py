@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from tokcc.analysis.context import Context
+from tokcc.analysis.rules.attention import key_bias
 from tokcc.ir.space import Axis, Factor, TokenSpace
 from tokcc.ir.value import Value
 
@@ -15,20 +17,35 @@ __all__ = ["RULES", "pointwise"]
 aten = torch.ops.aten
 
 
+_SCALING = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten._to_copy.default, aten.to.dtype}
+"""What attention probabilities survive: they stay proportional to a distribution over the tokens."""
+
+
 def pointwise(ctx: Context, *args: Any, **kwargs: Any) -> Value:
     """Align all tensor operands by broadcasting and emit the operation."""
-    operands = [a for a in args if isinstance(a, Value) and a.axes is not None]
+    operands = [a for a in args if isinstance(a, Value)]
     if len(operands) == 1:
         (value,) = operands
         handle = ctx.emit(*_handles(args), **_handles_kw(kwargs))
-        return value.having(handle=handle, side=value.side)
+        return value.having(handle=handle, axes=_weights(ctx, operands, value.axes))
     if any(v.totals for v in operands):
         return _with_totals(ctx, args, kwargs, operands)
     aligned, axes, old = ctx.broadcast(operands)
     substituted = iter(aligned)
-    new_args = [next(substituted) if a in operands and isinstance(a, Value) else a for a in args]
+    new_args = [next(substituted) if isinstance(a, Value) else a for a in args]
     handle = ctx.emit(*_handles(new_args), **_handles_kw(kwargs))
-    return Value(handle, axes, old, side=all(v.side for v in operands))
+    return Value(handle, _weights(ctx, aligned, axes), old, side=all(v.side for v in operands))
+
+
+def _weights(ctx: Context, operands: Sequence[Value], axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    """Keep the mark of attention probabilities only where an operation scales whole rows of them."""
+    assert ctx.node is not None
+    result: list[Axis] = []
+    for place, axis in enumerate(axes, start=-len(axes)):
+        own = [v.axes[place] for v in operands if v.rank + place >= 0 and v.axes[place]]
+        kept = ctx.node.target in _SCALING and len(own) == 1 and any(f.normalised for f in own[0])
+        result.append(tuple(Factor(f.space, f.old, kept and f.space is not None) for f in axis))
+    return tuple(result)
 
 
 def _with_totals(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Value]) -> Value:
@@ -65,7 +82,14 @@ def like_first(ctx: Context, *args: Any, **kwargs: Any) -> Value:
     """Operations that take only shape, dtype or device of their other operands."""
     value = args[0]
     handle = ctx.emit(*_handles(args), **_handles_kw(kwargs))
-    return Value(handle, value.axes, value.old, side=value.side)
+    return Value(handle, value.axes, value.old, totals=value.totals, side=value.side)
+
+
+def constant_like(ctx: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
+    """A tensor of the same shape that does not depend on the values."""
+    handle = ctx.emit(x.handle, *args, **kwargs)
+    axes = tuple(tuple(Factor(f.space, f.old) for f in axis) for axis in x.axes)
+    return Value(handle, axes, x.old, side=x.side)
 
 
 def type_as(ctx: Context, x: Value, other: Value) -> Value:
@@ -80,47 +104,18 @@ def softmax(ctx: Context, x: Value, dim: int, *rest: Any, **kwargs: Any) -> Valu
     dim %= x.rank
     axis = x.axes[dim]
     handle = x.handle
-    if not ctx.clean:
-        for position, factor in enumerate(axis):
-            if factor.space is not None and not factor.space.is_batch and factor.space.reduced:
-                if len(axis) > 1:
-                    ctx.fail("softmax over a token axis that is fused with another axis")
-                handle = _add_bias(ctx, x.having(handle=handle), dim, factor.space)
-            del position
+    reduced = [f.space for f in axis if f.space is not None and not f.space.is_batch and f.space.reduced]
+    if reduced:
+        if len(axis) > 1:
+            ctx.fail("softmax over a token axis that is fused with another axis")
+        bias = key_bias(ctx, reduced[0], ctx.builder.dtype(handle))
+        if bias is not None:
+            handle = ctx.builder.add(handle, ctx.per_token(bias, x.axes, dim))
     out = ctx.emit(handle, dim, *_handles(rest), **_handles_kw(kwargs))
-    marked: Axis = tuple(Factor(f.space, f.old, True) if f.space is not None else f for f in axis)
+    assert ctx.node is not None
+    sums_to_one = ctx.node.target in (aten.softmax.int, aten._softmax.default)
+    marked: Axis = tuple(Factor(f.space, f.old, sums_to_one and f.space is not None) for f in axis)
     return x.having(handle=out, axes=(*x.axes[:dim], marked, *x.axes[dim + 1 :]))
-
-
-def _add_bias(ctx: Context, logits: Value, dim: int, space: TokenSpace) -> Any:
-    from tokcc.analysis.rules.attention import key_bias
-
-    bias = key_bias(ctx, space, ctx.builder.dtype(logits.handle))
-    if bias is None:
-        return logits.handle
-    b = ctx.builder
-    batch = next(
-        (i for i, a in enumerate(logits.axes) if any(f.space is not None and f.space.is_batch for f in a)), None
-    )
-    if batch is None:
-        ctx.fail("softmax over chosen tokens, and the batch axis is not known")
-    factors = logits.axes[batch]
-    for f in factors:
-        # [B, K] -> [B, 1, K] for a fused (B, H) axis, expanded below.
-        if f.space is None:
-            bias = b.unsqueeze(bias, 1)
-    if len(factors) > 1:
-        if factors[0].space is None:
-            ctx.fail("softmax over chosen tokens with the batch fused behind another axis")
-        bias = b.expand(bias, [*(ctx.factor_size(f) for f in factors), -1])
-        bias = b.reshape(bias, [ctx.axis_size(factors), space.size])
-    if batch > dim:
-        ctx.fail("softmax over chosen tokens with the batch axis behind the token axis")
-    for _ in range(logits.rank - 1 - dim):
-        bias = b.unsqueeze(bias, -1)
-    for _ in range(dim - batch - 1):
-        bias = b.unsqueeze(bias, 1)
-    return b.add(logits.handle, bias)
 
 
 def _handles(args: Any) -> list[Any]:
@@ -155,12 +150,12 @@ RULES: dict[Any, Any] = {
             aten.detach.default,
             aten.dropout.default,
             aten.lift_fresh_copy.default,
-            aten.zeros_like.default,
-            aten.ones_like.default,
-            aten.full_like.default,
-            aten.empty_like.default,
         ),
         like_first,
+    ),
+    **dict.fromkeys(
+        (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default),
+        constant_like,
     ),
     **dict.fromkeys(
         (

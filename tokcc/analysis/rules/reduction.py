@@ -42,23 +42,17 @@ def _token_dims(x: Value, dims: Sequence[int]) -> list[tuple[int, TokenSpace]]:
     ]
 
 
-def _weighted(ctx: Context, x: Value, dim: int, space: TokenSpace, *, weight: bool = True) -> tuple[Value, Any]:
+def _weighted(ctx: Context, x: Value, dim: int, space: TokenSpace) -> tuple[Value, Any]:
     """Multiply by the number of tokens each one stands for, and by validity; returns the weights as well."""
     b = ctx.builder
-    share = space.weight if weight else None
+    dtype = b.dtype(x.handle)
+    share = None if space.weight is None else b.cast(space.weight, dtype)
     if space.valid is not None:
-        mask = b.cast(space.valid, b.dtype(x.handle))
-        share = mask if share is None else b.mul(b.cast(share, b.dtype(x.handle)), mask)
+        mask = b.cast(space.valid, dtype)
+        share = mask if share is None else b.mul(share, mask)
     if share is None:
         return x, None
-    batch = x.batch_axis()
-    if batch is None or batch > dim or len(x.axes[dim]) > 1:
-        ctx.fail("tokens are averaged in a layout where the batch axis is not known")
-    share = b.cast(share, b.dtype(x.handle))
-    for _ in range(x.rank - 1 - dim):
-        share = b.unsqueeze(share, -1)
-    for _ in range(dim - batch - 1):
-        share = b.unsqueeze(share, 1)
+    share = ctx.per_token(share, x.axes, dim)
     return x.having(handle=b.mul(x.handle, share)), share
 
 

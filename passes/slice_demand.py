@@ -1,0 +1,261 @@
+"""Demand slicing: compute only the rows that reach an output. Lossless.
+
+When only the class token's row of the last block is read, that block's query, projection and MLP run for that row alone.
+A backward pass finds which rows of every (node, axis) are wanted; where a value that is wanted whole feeds a computation
+that is wanted in part, a slice goes on that edge, and the forward axis rules carry the few rows on to the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from tokcc.analysis.sites import Sites
+from tokcc.analysis.walk import Walk
+from tokcc.errors import AxisError
+from tokcc.ir.builder import GraphBuilder, same_size
+from tokcc.ir.edit import fake_mode_of
+from tokcc.ir.program import PassResult, Program
+from tokcc.ir.space import Factor, TokenSpace
+from tokcc.ir.value import Value
+from tokcc.passes.outputs import OutputPlan
+from tokcc.passes.propagate import finish
+
+__all__ = ["SliceDemand"]
+
+aten = torch.ops.aten
+_LONGEST_SLICE = 8
+
+Wanted = tuple[bool, ...]
+"""For each axis: True when every position is wanted, False when only the rows are."""
+
+
+@dataclass
+class _Demand:
+    """The backward pass."""
+
+    program: Program
+    starts: set[fx.Node]
+    wanted: dict[fx.Node, Wanted] = field(default_factory=dict)
+
+    def run(self) -> None:
+        nodes = list(self.program.graph.nodes)
+        for value in self.program.output_values:
+            if isinstance(value, fx.Node):
+                self._want(value, (True,) * _rank(value))
+        for node in reversed(nodes):
+            if node.op != "call_function" or (node not in self.wanted and _rank(node) >= 0):
+                continue
+            for operand in node.all_input_nodes:
+                if _rank(operand) >= 0:
+                    self._want(operand, self.of_edge(node, operand))
+
+    def _want(self, node: fx.Node, wanted: Wanted) -> None:
+        known = self.wanted.get(node)
+        self.wanted[node] = wanted if known is None else tuple(a or b for a, b in zip(known, wanted, strict=True))
+
+    def of_edge(self, node: fx.Node, operand: fx.Node) -> Wanted:
+        """Which axes of an operand a node wants whole."""
+        everything = (True,) * _rank(operand)
+        if node in self.starts and node.args[0] is operand:
+            dim = node.args[1] % _rank(operand)  # type: ignore[operator]  # an int
+            own = self.wanted.get(node, ())
+            outer = list(own[:dim]) + [False] + list(own[dim:]) if node.target is aten.select.int else list(own)
+            outer[dim] = False
+            return tuple(outer)
+        passthrough = node.meta.get("tokcc_prefix")
+        own = self.wanted.get(node)
+        if own is None or all(own):
+            return everything
+        if passthrough is not None and not own[1]:
+            return everything
+        return _through(node, operand, own) or everything
+
+
+def _rank(node: Any) -> int:
+    value = node.meta.get("val")
+    return int(value.ndim) if isinstance(value, torch.Tensor) else -1
+
+
+def _through(node: fx.Node, operand: fx.Node, own: Wanted) -> Wanted | None:
+    """How the demand on a node's axes becomes the demand on an operand's; None for operations that mix rows."""
+    target, rank, out = node.target, _rank(operand), len(own)
+    if target in (aten.linear.default,):
+        return (*own[:-1], True) if operand is node.args[0] else None
+    if target in (aten.layer_norm.default, aten.rms_norm.default):
+        width = len(node.args[1])  # type: ignore[arg-type]  # a list
+        return (*own[: out - width], *(True,) * width) if operand is node.args[0] else None
+    if target in (aten.softmax.int, aten._softmax.default):
+        dim = node.args[1] % out  # type: ignore[operator]  # an int
+        return tuple(w or i == dim for i, w in enumerate(own))
+    if target in (aten.matmul.default, aten.bmm.default):
+        if operand is node.args[0] and operand is not node.args[1] and rank == out:
+            return (*own[:-1], True)
+        return None
+    if target is aten.scaled_dot_product_attention.default:
+        if operand is node.args[0] and operand not in node.args[1:]:
+            return (*own[:-1], True)
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        if operand is mask and rank >= 2:
+            return (*(True,) * (rank - 2), own[-2], True)
+        return None
+    if target is torch.ops.tokcc.attention_probs.default:
+        return (True, True, own[2], True) if operand is node.args[0] else None
+    return _shape_through(node, operand, own)
+
+
+def _shape_through(node: fx.Node, operand: fx.Node, own: Wanted) -> Wanted | None:
+    target, rank, out = node.target, _rank(operand), len(own)
+    if target is aten.permute.default:
+        dims: Any = node.args[1]
+        result = [True] * rank
+        for place, dim in enumerate(dims):
+            result[dim % rank] = own[place]
+        return tuple(result)
+    if target is aten.transpose.int:
+        order = list(range(rank))
+        first, second = (node.args[i] % rank for i in (1, 2))  # type: ignore[operator]  # ints
+        order[first], order[second] = order[second], order[first]
+        result = [True] * rank
+        for place, dim in enumerate(order):
+            result[dim] = own[place]
+        return tuple(result)
+    if target is aten.unsqueeze.default:
+        place = node.args[1] % out  # type: ignore[operator]  # an int
+        return (*own[:place], *own[place + 1 :])
+    if target is aten.reshape.default:
+        return _reshape_through(node, operand, own)
+    if target is aten.expand.default and rank == out:
+        return own
+    pointwise = torch.Tag.pointwise in getattr(target, "tags", ()) or target in (aten._to_copy.default, aten.gelu.default)
+    if pointwise and rank <= out:
+        return own[out - rank :]
+    return None
+
+
+def _reshape_through(node: fx.Node, operand: fx.Node, own: Wanted) -> Wanted | None:
+    """An axis passes a reshape when it keeps its size and what stands before it multiplies to the same."""
+    source, result = operand.meta["val"].shape, node.meta["val"].shape
+    wanted = [True] * len(source)
+    for j, partial in enumerate(own):
+        if partial:
+            continue
+        match = next(
+            (i for i in range(len(source)) if same_size(source[i], result[j]) and same_size(_count(source[:i]), _count(result[:j]))),
+            None,
+        )
+        if match is None:
+            return None
+        wanted[match] = False
+    return tuple(wanted)
+
+
+def _count(sizes: Sequence[Any]) -> Any:
+    total: Any = 1
+    for size in sizes:
+        total = total * size
+    return total
+
+
+@dataclass(frozen=True)
+class SliceDemand:
+    """Slice edges where only some rows are wanted, and propagate.
+
+    Attributes:
+        sites: Sites of the original program: which selections take tokens.
+    """
+
+    sites: Sites | None = None
+
+    def run(self, program: Program) -> PassResult:
+        """Apply the pass."""
+        starts, rows = self._selections(program)
+        if not rows:
+            return PassResult(program, False)
+        demand = _Demand(program, starts)
+        demand.run()
+        try:
+            return self._rebuild(program, demand, rows)
+        except AxisError as error:
+            # Slicing is an optimisation: where a rule does not carry rows, the program stays as it is, and says so.
+            return PassResult(program.noting(f"demand slicing was not applied: {error.what} ({error.node})"), False)
+
+    def _selections(self, program: Program) -> tuple[set[fx.Node], tuple[int, ...]]:
+        """Find selections of fixed token positions, and the union of their rows."""
+        starts: set[fx.Node] = set()
+        rows: set[int] = set()
+        for node in program.graph.nodes:
+            if node.op != "call_function" or not self._takes_tokens(node):
+                continue
+            if node.target is aten.select.int and isinstance(node.args[2], int) and node.args[2] >= 0:
+                starts.add(node)
+                rows.add(node.args[2])
+            elif node.target is aten.slice.Tensor:
+                start, stop = (*node.args[2:4], None, None)[:2]
+                step = node.args[4] if len(node.args) > 4 else 1
+                if isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop <= start + _LONGEST_SLICE and step == 1:
+                    starts.add(node)
+                    rows.update(range(start, stop))
+        return starts, tuple(sorted(rows))
+
+    def _takes_tokens(self, node: fx.Node) -> bool:
+        if self.sites is None or node.target not in (aten.select.int, aten.slice.Tensor):
+            return False
+        old = self.sites.axes.get(node.meta.get("origin", node.name)) and node.meta.get("origin", node.name)
+        if old is None or node.meta.get("tokcc"):
+            return False
+        operand: Any = node.args[0]
+        source = self.sites.axes.get(operand.meta.get("origin", operand.name))
+        if source is None or source.rank != _rank(operand):
+            return False
+        dim = node.args[1] % source.rank  # type: ignore[operator]  # an int
+        return any(f.space is not None and not f.space.is_batch for f in source.axes[dim])
+
+    def _rebuild(self, program: Program, demand: _Demand, rows: tuple[int, ...]) -> PassResult:
+        builder = GraphBuilder(fake_mode_of(program))
+        spaces: dict[str, TokenSpace] = {}
+        changed = False
+
+        def narrow(walk: Walk, value: Value, axis: int) -> Value:
+            nonlocal changed
+            size = value.old[axis]
+            key = str(size)
+            if key not in spaces:
+                root = TokenSpace(f"rows of {size}", builder.size(value.handle, axis), size)
+                spaces[key] = TokenSpace("rows", len(rows), size, parent=root, rows=rows)
+            child = spaces[key]
+            changed = True
+            axes = list(value.axes)
+            axes[axis] = (Factor(child.parent, size),)
+            tagged = value.having(axes=tuple(axes))
+            return walk.ctx.remap(tagged, axis, 0, child, None)
+
+        def on_operand(walk: Walk, node: fx.Node, operand: fx.Node, value: Value) -> Value:
+            asked = demand.of_edge(node, operand)
+            whole = demand.wanted.get(operand, ())
+            if node in demand.starts or all(asked) or len(whole) != value.rank:
+                return value
+            for axis, wanted in enumerate(asked):
+                one = isinstance(value.old[axis], int) and value.old[axis] == 1
+                if not wanted and whole[axis] and not one and not value.spaces and rows[-1] < _least(value.old[axis]):
+                    value = narrow(walk, value, axis)
+            return value
+
+        walk = Walk(program, builder, None, on_operand=on_operand)
+        values = walk.run()
+        if not changed:
+            return PassResult(program, False)
+        for value in values:
+            if isinstance(value, Value) and value.reduced:
+                walk.ctx.fail("an output would lose rows")
+        outputs = OutputPlan(program.output_names, ("full",) * len(program.output_names), None, tuple(values))
+        return PassResult(finish(program, builder, outputs), True)
+
+
+def _least(size: Any) -> int:
+    """A row list must fit; symbolic sizes are at least as long as their rows by the model's own selection."""
+    return size if isinstance(size, int) else 2**31

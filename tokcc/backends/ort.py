@@ -1,0 +1,85 @@
+"""Running ONNX engines in ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tokcc.errors import LoweringError, UsageError
+
+__all__ = ["Session", "inserted_seconds"]
+
+Array = npt.NDArray[Any]
+
+
+class Session:
+    """An engine in ONNX Runtime on the CPU.
+
+    Args:
+        path: The model.
+        threads: Intra-op threads; 0 = the runtime's default.
+        profile: Prefix of a profile to write.
+
+    Raises:
+        UsageError: ONNX Runtime is not installed.
+        LoweringError: The runtime does not take the model.
+    """
+
+    def __init__(self, path: Path, *, threads: int = 0, profile: Path | None = None) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise UsageError("onnxruntime is not installed", help="pip install 'tokcc[cpu]' (or tokcc[gpu])") from error
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own, undocumented classes
+            raise LoweringError(
+                "onnxruntime does not load the engine",
+                found=" ".join(str(error).split())[:300],
+                help="for bfloat16 models compile with --dtype float32 or float16: the CPU provider has no bfloat16 kernels",
+            ) from error
+        self.inputs = [i.name for i in self.session.get_inputs()]
+        self.outputs = [o.name for o in self.session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once."""
+        given = {name: feeds[name] for name in self.inputs}
+        return dict(zip(self.outputs, self.session.run(None, given), strict=True))
+
+
+def inserted_seconds(path: Path, feeds: Mapping[str, Array], folder: Path, *, threads: int, runs: int = 5) -> float:
+    """Return the seconds that one run spends in nodes that tokcc inserted, from the runtime's own profile.
+
+    Args:
+        path: The engine.
+        feeds: Inputs.
+        folder: Where the profile is written (and removed).
+        threads: Intra-op threads.
+        runs: Profiled runs, after one that is not counted.
+    """
+    session = Session(path, threads=threads, profile=folder / "profile")
+    for _ in range(runs + 1):
+        session.run(feeds)
+    name = Path(session.session.end_profiling())
+    try:
+        events = json.loads(name.read_text(encoding="utf-8"))
+    finally:
+        name.unlink(missing_ok=True)
+    spent: dict[str, list[float]] = {}
+    for event in events:
+        if event.get("cat") != "Node" or not event.get("name", "").endswith("_kernel_time"):
+            continue
+        if "tokcc/" in event["name"]:
+            spent.setdefault(event["name"], []).append(float(event["dur"]))
+    return sum(float(np.median(times[1:] or times)) for times in spent.values()) * 1e-6

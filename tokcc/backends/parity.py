@@ -1,0 +1,142 @@
+"""Is the engine equal to its eager reference?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tokcc.backends.feeds import Feeds
+from tokcc.errors import ParityError
+from tokcc.ir.program import Program
+
+__all__ = ["Check", "Tolerance", "check_parity", "numpy_feeds", "oracle", "refuse_difference"]
+
+Array = npt.NDArray[Any]
+_RELATIVE = {torch.float32: 2e-4, torch.float64: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """``|engine - oracle| <= atol + rtol * |oracle|``; atol None = a share of the output's scale, by dtype."""
+
+    atol: float | None = None
+    rtol: float | None = None
+
+    def of(self, reference: torch.Tensor, scale: float) -> tuple[float, float]:
+        """Return absolute and relative tolerance for one output."""
+        if not reference.is_floating_point():
+            return 0.0, 0.0
+        atol = self.atol if self.atol is not None else _RELATIVE[reference.dtype] * max(scale, 1e-6)
+        return atol, self.rtol or 0.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One output over all inputs."""
+
+    output: str
+    max_abs_diff: float
+    scale: float
+    atol: float
+    rtol: float
+    passed: bool
+
+
+def numpy_feeds(feeds: Feeds) -> dict[str, Array]:
+    """Return feeds for a runtime."""
+    return {name: value.detach().cpu().numpy() for name, value in feeds.items() if value.dtype != torch.bfloat16}
+
+
+def oracle(program: Program) -> Callable[[Feeds], list[torch.Tensor]]:
+    """Return a function that runs a program eagerly: user outputs in order."""
+    module = program.to_exported().module(check_guards=False)
+    from torch.utils import _pytree as pytree
+
+    signature = program.origin.module_call_graph[0].signature
+    names = [n.name for n in program.user_inputs if isinstance(n.meta.get("val"), torch.Tensor)]
+
+    def run(feeds: Feeds) -> list[torch.Tensor]:
+        leaves: list[Any] = [feeds[name] for name in names]
+        with torch.no_grad():
+            if signature is None:
+                result = module(*leaves)
+            else:
+                args, kwargs = pytree.tree_unflatten(leaves, signature.in_spec)
+                result = module(*args, **kwargs)
+        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+    return run
+
+
+def defined_rows(reference: torch.Tensor, feeds: Feeds) -> torch.Tensor | None:
+    """Return which rows of a token-level output are defined, bool ``[B, N]``, when an input masks padding."""
+    for name, value in feeds.items():
+        if "mask" not in name or value.ndim != 2 or tuple(reference.shape[:2]) != tuple(value.shape):
+            continue
+        if reference.ndim < 3:
+            continue
+        kept = value.to(torch.bool)
+        return ~kept if "padding" in name else kept
+    return None
+
+
+def check_parity(
+    run: Callable[[Mapping[str, Array]], dict[str, Array]],
+    reference: Callable[[Feeds], list[torch.Tensor]],
+    names: Sequence[str],
+    inputs: Sequence[Feeds],
+    tolerance: Tolerance,
+) -> list[Check]:
+    """Compare an engine with its reference on several inputs.
+
+    Rows of padding tokens are not compared: what a model computes there is not defined.
+    """
+    worst: dict[str, Check] = {}
+    for feeds in inputs:
+        expected = reference(feeds)
+        got = run(numpy_feeds(feeds))
+        for name, want in zip(names, expected, strict=True):
+            check = _compare(name, want, torch.as_tensor(np.array(got[name])), feeds, tolerance)
+            known = worst.get(name)
+            if known is None or (check.max_abs_diff - check.atol > known.max_abs_diff - known.atol):
+                worst[name] = check
+    return list(worst.values())
+
+
+def _compare(name: str, want: torch.Tensor, got: torch.Tensor, feeds: Feeds, tolerance: Tolerance) -> Check:
+    if tuple(want.shape) != tuple(got.shape):
+        return Check(name, float("inf"), float(want.abs().max()) if want.numel() else 0.0, 0.0, 0.0, False)
+    rows = defined_rows(want, feeds)
+    if rows is not None:
+        want, got = want[rows], got[rows]
+    if want.numel() == 0:
+        return Check(name, 0.0, 0.0, 0.0, 0.0, True)
+    scale = float(want.abs().max().to(torch.float64))
+    atol, rtol = tolerance.of(want, scale)
+    difference = (got.to(torch.float64) - want.to(torch.float64)).abs()
+    allowed = atol + rtol * want.to(torch.float64).abs()
+    finite = bool(torch.isfinite(got.to(torch.float64)).all()) or not bool(torch.isfinite(want.to(torch.float64)).all())
+    worst = float(difference.max()) if bool(torch.isfinite(difference).all()) else float("inf")
+    return Check(name, worst, scale, atol, rtol, finite and bool((difference <= allowed).all()))
+
+
+def refuse_difference(engine: str, checks: Sequence[Check]) -> None:
+    """Raise when a check failed.
+
+    Raises:
+        ParityError: Naming the output and the difference.
+    """
+    for check in checks:
+        if not check.passed:
+            raise ParityError(
+                f"the {engine} engine differs from its reference",
+                node=f"output `{check.output}`",
+                needed=f"|difference| <= {check.atol:.3g} + {check.rtol:.3g} * |reference| (scale {check.scale:.3g})",
+                found=f"{check.max_abs_diff:.3g}",
+                help="no engine is left behind; please report the model and policy",
+            )

@@ -1,0 +1,246 @@
+"""What can be done with an existing bundle: verify, bench, calibrate, rebuild the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tokcc.backends.bundle import Bundle, BundleWriter
+from tokcc.backends.ort import Session
+from tokcc.backends.parity import Tolerance, check_parity
+from tokcc.backends.reference import load_reference
+from tokcc.errors import UsageError
+from tokcc.pipeline.stages import Stages
+from tokcc.progress import Progress, silent
+from tokcc.report.batches import InputSpec
+from tokcc.report.data import load_calibration
+from tokcc.report.fidelity import FidelityMeter
+from tokcc.report.gates import evaluate_gates, parse_gates
+from tokcc.report.machine import describe_machine
+from tokcc.report.measure import measure
+from tokcc.report.schema import Latency, Parity, ParityCheck, PeakMemory, Totals
+from tokcc.report.write import write_report
+
+__all__ = ["Measured", "bench", "calibrate", "rebuild_report", "verify"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What ``bench`` measured."""
+
+    latency: Latency
+    memory: PeakMemory | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        memory = None if self.memory is None else self.memory.model_dump(mode="json")
+        return {"latency": self.latency.model_dump(mode="json"), "memory": memory}
+
+
+def verify(
+    bundle: Bundle,
+    *,
+    atol: float | None = None,
+    rtol: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Parity:
+    """Run the ONNX engine on the inputs kept in the bundle and compare with the oracle's outputs.
+
+    Args:
+        bundle: The bundle.
+        atol: Absolute tolerance; default by dtype and scale.
+        rtol: Relative tolerance.
+        seed: Unused by stored inputs; kept for engines that are verified on random ones.
+        progress: Receives the stages.
+    """
+    del seed
+    stages = Stages(progress or silent())
+    pairs = load_reference(bundle.path / "reference.npz")
+    session = Session(bundle.engine("onnx"))
+    checks: dict[str, ParityCheck] = {}
+    with stages.stage("parity", len(pairs)) as advance:
+        for feeds, outputs in pairs:
+            names = list(outputs)
+            made = check_parity(
+                session.run, lambda _, outputs=outputs: list(outputs.values()), names, [feeds], Tolerance(atol, rtol)
+            )
+            for c in made:
+                known = checks.get(c.output)
+                if known is None or c.max_abs_diff - c.atol > known.max_abs_diff - known.atol:
+                    checks[c.output] = ParityCheck(
+                        engine="onnx",
+                        output=c.output,
+                        max_abs_diff=c.max_abs_diff,
+                        scale=c.scale,
+                        atol=c.atol,
+                        rtol=c.rtol,
+                        passed=c.passed,
+                    )
+            advance(1)
+    return Parity(
+        passed=all(c.passed for c in checks.values()),
+        batches=len(pairs),
+        reference="outputs of the eager reduced program, kept in the bundle",
+        inputs="kept in the bundle",
+        checks=tuple(checks.values()),
+    )
+
+
+def _timing_feeds(bundle: Bundle, batch: int | None) -> dict[str, Array]:
+    feeds = {name: value.numpy() for name, value in load_reference(bundle.path / "reference.npz")[0][0].items()}
+    if batch is None:
+        return feeds
+    contracts = {c.name: c for c in bundle.manifest.inputs}
+    result: dict[str, Array] = {}
+    for name, value in feeds.items():
+        first = contracts[name].shape[0]
+        if isinstance(first, int) and first != batch:
+            raise UsageError("the batch size of this engine is fixed", needed=str(first), found=str(batch))
+        result[name] = np.resize(value, (batch, *value.shape[1:]))
+    return result
+
+
+def bench(
+    bundle: Bundle,
+    *,
+    against: Path | None = None,
+    runs: int = 30,
+    threads: int = 0,
+    batch: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Measured:
+    """Time the engine against its baseline (or another ONNX file), taking turns.
+
+    Raises:
+        UsageError: There is nothing to compare with.
+    """
+    stages = Stages(progress or silent())
+    other = against or bundle.path / "baseline.onnx"
+    if not other.is_file():
+        raise UsageError(
+            "there is no engine to compare with",
+            needed="baseline.onnx in the bundle, or --against ENGINE",
+            help="compile with --keep-baseline",
+        )
+    feeds = _timing_feeds(bundle, batch)
+    one, two = Session(other, threads=threads), Session(bundle.engine("onnx"), threads=threads)
+    missing = [name for name in one.inputs if name not in feeds]
+    if missing:
+        raise UsageError(f"`{other}` takes other inputs", needed=", ".join(feeds), found=", ".join(one.inputs))
+    with stages.stage("measure latency", runs) as advance:
+        timed = measure(
+            {"baseline": lambda: one.run(feeds), "engine": lambda: two.run(feeds)},
+            budget_s=0.0,
+            min_rounds=runs,
+            max_rounds=runs,
+            seed=seed,
+            on_round=lambda _: advance(1),
+        )
+    import onnxruntime
+
+    shapes = {name: tuple(value.shape) for name, value in feeds.items()}
+    latency = timed.latency(
+        "baseline",
+        "engine",
+        threads=threads,
+        shapes=shapes,
+        runtime=f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider",
+        batch_size=next(iter(shapes.values()))[0] if shapes else None,
+    )
+    return Measured(latency)
+
+
+def calibrate(
+    bundle: Bundle,
+    data: Any,
+    *,
+    gates: Any = None,
+    seed: int = 0,
+    threads: int = 0,
+    preprocessor: Path | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Measure an existing bundle on new data; the engines stay, report and gates are renewed.
+
+    Raises:
+        UsageError: The bundle has no baseline, or the data does not fit.
+    """
+    stages = Stages(progress or silent())
+    wanted = parse_gates(gates or ())
+    baseline = bundle.path / "baseline.onnx"
+    if not baseline.is_file():
+        raise UsageError(
+            "the bundle holds no baseline to compare with",
+            needed="baseline.onnx",
+            help="compile with --keep-baseline, or give the data to `tokcc compile --calib`",
+        )
+    report = bundle.report
+    specs = [InputSpec(c.name, c.dtype, c.shape) for c in bundle.manifest.inputs]
+    with stages.stage("read the calibration data"):
+        loaded = load_calibration(data, specs, preprocessor=preprocessor, seed=seed)
+    one, two = Session(baseline, threads=threads), Session(bundle.engine("onnx"), threads=threads)
+    meter = FidelityMeter(contracts=_contracts(report.policy.long_form, two.outputs))
+    with stages.stage("measure fidelity", len(loaded.feeds)) as advance:
+        for feed, labels in loaded.batches():
+            meter.update(
+                one.run(feed), two.run(feed), labels=labels, tokens=feed.get("input_ids"), mask=feed.get("attention_mask")
+            )
+            advance(1)
+    feeds = dict(next(iter(loaded.batches()))[0])
+    with stages.stage("measure latency"):
+        timed = measure({"baseline": lambda: one.run(feeds), "engine": lambda: two.run(feeds)}, seed=seed)
+    import onnxruntime
+
+    shapes = {name: tuple(value.shape) for name, value in feeds.items()}
+    latency = timed.latency(
+        "baseline",
+        "engine",
+        threads=threads,
+        shapes=shapes,
+        runtime=f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider",
+        batch_size=next(iter(shapes.values()))[0] if shapes else None,
+    )
+    same_shapes = report.totals.shapes == shapes
+    totals = Totals.of(
+        report.totals.flops_before if same_shapes else 0,
+        report.totals.flops_after if same_shapes else 0,
+        latency=latency,
+        shapes=shapes,
+    )
+    report = report.model_copy(
+        update={
+            "fidelity": meter.result(source=loaded.source),
+            "latency": latency,
+            "totals": totals,
+            "machine": describe_machine(threads),
+            "notes": loaded.notes,
+            "warnings": (),
+        }
+    )
+    report = report.model_copy(update={"gates": tuple(evaluate_gates(report, wanted))})
+    with BundleWriter(bundle.path, force=True, base=bundle) as writer:
+        report = write_report(report, writer.path, images=loaded.images, texts=loaded.texts, bundle=str(bundle.path))
+        return writer.commit(bundle.manifest.model_copy(update={"state": report.state}))
+
+
+def _contracts(policy: Mapping[str, Any], names: list[str]) -> dict[str, str]:
+    wanted = policy.get("outputs") or {}
+    chosen = {name: wanted.get(name, wanted.get("*", "full")) for name in names}
+    return {name: value if isinstance(value, str) else "rows" for name, value in chosen.items()}
+
+
+def rebuild_report(bundle: Bundle, *, progress: Progress | None = None) -> Bundle:
+    """Write ``report.html`` and its charts again from ``report.json``."""
+    stages = Stages(progress or silent())
+    with stages.stage("write the report"), BundleWriter(bundle.path, force=True, base=bundle) as writer:
+        write_report(bundle.report, writer.path, bundle=str(bundle.path))
+        return writer.commit(bundle.manifest)

@@ -1,0 +1,351 @@
+"""Filling the report: facts of the plan, and measurements of the engines."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch.export.graph_signature import OutputKind
+
+from tokcc.analysis.ledger import Ledger, ledger
+from tokcc.backends.feeds import Feeds
+from tokcc.backends.ort import Session, inserted_seconds
+from tokcc.backends.parity import Check, numpy_feeds
+from tokcc.capture.loaded import Loaded
+from tokcc.config import LoadedPolicy
+from tokcc.ir.program import Program
+from tokcc.passes.kept import kept_stages
+from tokcc.pipeline.reducing import Reduced
+from tokcc.pipeline.stages import Stages
+from tokcc.report.batches import InputSpec
+from tokcc.report.data import CalibrationData, load_calibration
+from tokcc.report.fidelity import FidelityMeter
+from tokcc.report.kept import KeptTokens
+from tokcc.report.machine import describe_machine
+from tokcc.report.measure import measure
+from tokcc.report.schema import (
+    LayerRow,
+    ModelFacts,
+    NodeCounts,
+    Parity,
+    ParityCheck,
+    PolicyFacts,
+    Report,
+    TensorFacts,
+    Totals,
+)
+
+__all__ = ["Measurement", "facts", "measure_engine"]
+
+Array = npt.NDArray[Any]
+_PICTURES = 6
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How to measure, and what came out.
+
+    Attributes:
+        seed: Of the order of timed runs.
+        threads: Of the runtime; 0 = its default.
+        budget_s: Seconds for the timed rounds.
+        report: With the measurements.
+        images: Pixels of some samples, for pictures.
+        texts: Tokens of some samples.
+        kept: What became of the tokens of these samples.
+    """
+
+    seed: int = 0
+    threads: int = 0
+    budget_s: float = 10.0
+    report: Report | None = None
+    images: tuple[Array, ...] = ()
+    texts: tuple[list[str], ...] = ()
+    kept: tuple[KeptTokens, ...] = ()
+
+
+def facts(
+    loaded: Loaded,
+    policy: LoadedPolicy,
+    reduced: Reduced,
+    checks: Mapping[str, Sequence[Check]],
+    feeds: Sequence[Feeds],
+    stages: Stages,
+    *,
+    threads: int,
+) -> Report:
+    """Return a report with everything that needs no measuring."""
+    shapes = {name: tuple(value.shape) for name, value in feeds[0].items()}
+    rows: tuple[LayerRow, ...] = ()
+    totals = Totals.of(0, 0, shapes=shapes)
+    warnings: tuple[str, ...] = ()
+    notes: list[str] = list(reduced.sliced.notes)
+    if reduced.sites is not None and reduced.plan is not None:
+        before = ledger(reduced.original, reduced.sites, shapes)
+        after = ledger(reduced.sliced, reduced.sites, shapes)
+        rows = _rows(reduced, before, after, shapes)
+        totals = Totals.of(before.total.flops, after.total.flops, shapes=shapes)
+        warnings = reduced.plan.warnings
+        notes += _full_attention(reduced)
+    floats = [v for v in reduced.original.state_tensors().values() if v.is_floating_point()]
+    parity = Parity(
+        passed=all(c.passed for group in checks.values() for c in group),
+        batches=len(feeds),
+        inputs="the example and random inputs",
+        checks=tuple(
+            ParityCheck(
+                engine=engine,
+                output=c.output,
+                max_abs_diff=c.max_abs_diff,
+                scale=c.scale,
+                atol=c.atol,
+                rtol=c.rtol,
+                passed=c.passed,
+            )
+            for engine, group in checks.items()
+            for c in group
+        ),
+    )
+    program = reduced.sliced
+    return Report(
+        model=ModelFacts(
+            source=loaded.source,
+            kind=type(loaded.module).__name__ if loaded.module is not None else None,
+            task=loaded.task,
+            parameters=sum(v.numel() for v in floats),
+            blocks=len(reduced.sites.layers) if reduced.sites is not None else 0,
+            dtype=str(floats[0].dtype).removeprefix("torch.") if floats else None,
+            inputs=tuple(_tensor(n.name, n.meta["val"]) for n in program.user_inputs if _is_tensor(n)),
+            outputs=_outputs(program),
+        ),
+        policy=PolicyFacts(name=policy.policy.name, origin=policy.origin, long_form=policy.policy.to_dict()),
+        machine=describe_machine(threads),
+        layers=rows,
+        totals=totals,
+        parity=parity,
+        warnings=warnings,
+        notes=tuple(notes),
+        stages=dict(stages.seconds),
+    )
+
+
+def _is_tensor(node: Any) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _tensor(name: str, fake: torch.Tensor) -> TensorFacts:
+    shape = tuple(size if isinstance(size, int) else str(size) for size in fake.shape)
+    return TensorFacts(name=name, dtype=str(fake.dtype).removeprefix("torch."), shape=shape)
+
+
+def _outputs(program: Program) -> tuple[TensorFacts, ...]:
+    kinds = [spec.kind is OutputKind.USER_OUTPUT for spec in program.signature.output_specs]
+    values = [v for v, user in zip(program.output_values, kinds, strict=True) if user]
+    return tuple(
+        _tensor(name, value.meta["val"])
+        for name, value in zip(program.output_names, values, strict=True)
+        if hasattr(value, "meta") and _is_tensor(value)
+    )
+
+
+def _rows(reduced: Reduced, before: Ledger, after: Ledger, shapes: Mapping[str, Sequence[int]]) -> tuple[LayerRow, ...]:
+    assert reduced.sites is not None
+    assert reduced.plan is not None
+    bindings = reduced.sliced.bindings(shapes)
+    current = _number(reduced.sites.tokens, bindings)
+    rows: list[LayerRow] = []
+    by_layer: dict[int, list[tuple[Any, Any]]] = {}
+    for reduction, space in zip(reduced.plan.reductions, reduced.plan.made, strict=True):
+        by_layer.setdefault(reduction.layer, []).append((reduction, space))
+    for index in range(len(reduced.sites.layers)):
+        cost = {
+            "flops_before": before.blocks[index].flops,
+            "flops_after": after.blocks[index].flops,
+            "bytes_before": before.blocks[index].bytes,
+            "bytes_after": after.blocks[index].bytes,
+        }
+        steps = by_layer.get(index, [])
+        if not steps:
+            rows.append(LayerRow(layer=index, tokens_in=current, tokens_out=current, **cost))
+        for reduction, space in steps:
+            left = _number(space.size, bindings)
+            rows.append(
+                LayerRow(
+                    layer=index, site=reduction.site, step=reduction.name, tokens_in=current, tokens_out=left, **cost
+                )
+            )
+            current = left
+    return tuple(rows)
+
+
+def _number(size: Any, bindings: Mapping[Any, int]) -> int:
+    if isinstance(size, int):
+        return size
+    value = size.meta["val"] if hasattr(size, "meta") else size
+    if isinstance(value, int):
+        return value
+    import sympy
+
+    return int(value.node.expr.xreplace({k: sympy.Integer(v) for k, v in bindings.items()}))
+
+
+def _full_attention(reduced: Reduced) -> list[str]:
+    """Say where a score needs every row of the attention matrix."""
+    assert reduced.plan is not None
+    layers = sorted({r.layer for r in reduced.plan.reductions if r.score is not None and r.score.full_attention})
+    if not layers:
+        return []
+    where = ", ".join(map(str, layers))
+    return [
+        f"the score reads the whole attention matrix at layers {where}: in the ONNX engine it shares it with the "
+        "attention, on a runtime with fused attention it costs one more"
+    ]
+
+
+def measure_engine(
+    report: Report,
+    reduced: Reduced,
+    loaded: Loaded,
+    engine: Path,
+    baseline: Path,
+    feeds: Sequence[Feeds],
+    calibration: Any,
+    how: Measurement,
+    stages: Stages,
+) -> Measurement:
+    """Measure fidelity and latency of an engine against its baseline.
+
+    Args:
+        report: The facts.
+        reduced: The programs.
+        loaded: The model, for its preprocessor and labels.
+        engine: The reduced engine.
+        baseline: The engine without reduction.
+        feeds: Inputs for timing when there is no data.
+        calibration: Data, or None.
+        how: Seed, threads, budget.
+        stages: Progress.
+    """
+    data: CalibrationData | None = None
+    if calibration is not None:
+        specs = [InputSpec(t.name, t.dtype, t.shape) for t in report.model.inputs]
+        with stages.stage("read the calibration data"):
+            data = load_calibration(
+                calibration,
+                specs,
+                preprocessor=loaded.preprocessor,
+                seed=how.seed,
+                label_names=loaded.label_names,
+                task=loaded.task,
+            )
+    one, two = Session(baseline, threads=how.threads), Session(engine, threads=how.threads)
+    timed_feed = numpy_feeds(feeds[0])
+    if data is not None:
+        report = _with_fidelity(report, reduced, data, one, two, stages)
+        timed_feed = dict(next(iter(data.batches()))[0])
+    shapes = {name: tuple(value.shape) for name, value in timed_feed.items()}
+    with stages.stage("measure latency"):
+        timed = measure(
+            {"baseline": lambda: one.run(timed_feed), "engine": lambda: two.run(timed_feed)},
+            budget_s=how.budget_s,
+            seed=how.seed,
+        )
+        import onnxruntime
+
+        latency = timed.latency(
+            "baseline",
+            "engine",
+            threads=how.threads,
+            shapes=shapes,
+            runtime=f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider",
+            batch_size=next(iter(shapes.values()))[0] if shapes else None,
+        )
+        with tempfile.TemporaryDirectory(dir=engine.parent) as scratch:
+            inserted = inserted_seconds(engine, timed_feed, Path(scratch), threads=how.threads)
+    totals = report.totals
+    if reduced.sites is not None:
+        before = ledger(reduced.original, reduced.sites, shapes).total.flops
+        after = ledger(reduced.sliced, reduced.sites, shapes).total.flops
+        totals = Totals.of(
+            before,
+            after,
+            latency=latency,
+            inserted_seconds=inserted,
+            inserted_how="onnxruntime profile, sum of the median kernel times of inserted nodes",
+            shapes=shapes,
+        )
+    report = report.model_copy(
+        update={"latency": latency, "totals": totals, "nodes": NodeCounts(**_node_counts(baseline, engine))}
+    )
+    images, texts, kept = _pictures(reduced, data)
+    return replace(how, report=report, images=images, texts=texts, kept=kept)
+
+
+def _node_counts(baseline: Path, engine: Path) -> dict[str, Any]:
+    counts: list[dict[str, int]] = []
+    for path in (baseline, engine):
+        model = onnx.load(str(path), load_external_data=False)
+        found: dict[str, int] = {}
+        for node in model.graph.node:
+            found[node.op_type] = found.get(node.op_type, 0) + 1
+        counts.append(found)
+    one, two = counts
+    kinds = sorted(one.keys() | two.keys())
+    changed = {k: (one.get(k, 0), two.get(k, 0)) for k in kinds if one.get(k, 0) != two.get(k, 0)}
+    return {"baseline": sum(one.values()), "engine": sum(two.values()), "by_op": changed}
+
+
+def _with_fidelity(
+    report: Report, reduced: Reduced, data: CalibrationData, one: Session, two: Session, stages: Stages
+) -> Report:
+    contracts = {name: "full" for name in reduced.original.output_names}
+    if reduced.plan is not None:
+        wanted = reduced.plan.outputs
+        for name in contracts:
+            contract = wanted.get(name, wanted.get("*", "full"))
+            contracts[name] = contract if isinstance(contract, str) else "rows"
+    meter = FidelityMeter(contracts=contracts)
+    with stages.stage("measure fidelity", len(data.feeds)) as advance:
+        for feed, labels in data.batches():
+            meter.update(
+                one.run(feed),
+                two.run(feed),
+                labels=labels,
+                tokens=feed.get("input_ids"),
+                mask=feed.get("attention_mask"),
+            )
+            advance(1)
+    weights: Literal["trained", "random", "unknown"] = "unknown"
+    fidelity = meter.result(source=data.source, weights=weights)
+    return report.model_copy(update={"fidelity": fidelity, "notes": (*report.notes, *data.notes)})
+
+
+def _pictures(
+    reduced: Reduced, data: CalibrationData | None
+) -> tuple[tuple[Array, ...], tuple[list[str], ...], tuple[KeptTokens, ...]]:
+    """Follow the tokens of the first samples through the layers."""
+    if data is None or reduced.plan is None or not reduced.plan.reductions or not data.feeds:
+        return (), (), ()
+    if not data.images and not data.texts:
+        return (), (), ()
+    feeds = {name: torch.from_numpy(np.ascontiguousarray(value[:_PICTURES])) for name, value in data.feeds[0].items()}
+    prefix = reduced.plan.sites.prefix
+    kept: list[KeptTokens] = []
+    for layer, name, flags, assign in kept_stages(reduced.original, reduced.plan, feeds):
+        side = int(np.sqrt(flags.shape[1] - prefix))
+        square = side * side == flags.shape[1] - prefix and bool(data.images)
+        kept.append(
+            KeptTokens(
+                layer=layer, step=name, kept=flags, assign=assign, prefix=prefix, grid=(side, side) if square else None
+            )
+        )
+    images = tuple(data.images[:_PICTURES])
+    texts = tuple(list(t) for t in data.texts[:_PICTURES])
+    return images, texts, tuple(kept)
