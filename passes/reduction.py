@@ -120,6 +120,7 @@ class PlannedReduction:
             restore=self.restore,
         )
         reduced = self.reduce.reduce(cut, chosen, child)
+        b.mark_prefix(reduced, x, self.first)
         self.made.append(child)
         axes = list(value.axes)
         axes[axis] = (Factor(child, space.root.old),)

@@ -40,19 +40,34 @@ class _Demand:
 
     program: Program
     starts: set[fx.Node]
+    rows: tuple[int, ...]
     wanted: dict[fx.Node, Wanted] = field(default_factory=dict)
+    nodes: dict[str, fx.Node] = field(default_factory=dict)
 
     def run(self) -> None:
         nodes = list(self.program.graph.nodes)
+        self.nodes = {node.name: node for node in nodes}
         for value in self.program.output_values:
             if isinstance(value, fx.Node):
                 self._want(value, (True,) * _rank(value))
         for node in reversed(nodes):
             if node.op != "call_function" or (node not in self.wanted and _rank(node) >= 0):
                 continue
+            source = self.untouched(node)
+            if source is not None:
+                self._want(self.nodes[source], self.wanted[node])
+                continue
             for operand in node.all_input_nodes:
                 if _rank(operand) >= 0:
                     self._want(operand, self.of_edge(node, operand))
+
+    def untouched(self, node: fx.Node) -> str | None:
+        """Name of the stream before a reduction, when only tokens are wanted that the reduction does not touch."""
+        mark = node.meta.get("tokcc_prefix")
+        own = self.wanted.get(node)
+        if mark is None or own is None or len(own) != 3 or own[1] or self.rows[-1] >= mark[1]:
+            return None
+        return str(mark[0])
 
     def _want(self, node: fx.Node, wanted: Wanted) -> None:
         known = self.wanted.get(node)
@@ -67,11 +82,8 @@ class _Demand:
             outer = list(own[:dim]) + [False] + list(own[dim:]) if node.target is aten.select.int else list(own)
             outer[dim] = False
             return tuple(outer)
-        passthrough = node.meta.get("tokcc_prefix")
         own = self.wanted.get(node)
         if own is None or all(own):
-            return everything
-        if passthrough is not None and not own[1]:
             return everything
         return _through(node, operand, own) or everything
 
@@ -176,7 +188,7 @@ class SliceDemand:
         starts, rows = self._selections(program)
         if not rows:
             return PassResult(program, False)
-        demand = _Demand(program, starts)
+        demand = _Demand(program, starts, rows)
         demand.run()
         try:
             return self._rebuild(program, demand, rows)
@@ -245,7 +257,16 @@ class SliceDemand:
                     value = narrow(walk, value, axis)
             return value
 
-        walk = Walk(program, builder, None, on_operand=on_operand)
+        def on_value(walk: Walk, node: fx.Node, value: Value) -> Value:
+            source = demand.untouched(node)
+            if source is None:
+                return value
+            before = walk.env[walk.nodes[source]]
+            if before.spaces:
+                return before  # type: ignore[no-any-return]  # a value: already only these rows
+            return narrow(walk, before, 1)
+
+        walk = Walk(program, builder, None, on_operand=on_operand, on_value=on_value)
         values = walk.run()
         if not changed:
             return PassResult(program, False)

@@ -63,7 +63,7 @@ class FuseRest(Reducer):
         return b.cat([take(cut, cut.x, chosen.index), b.slice(fused, 1, 0, some)], 1)
 
     def _place(self, cut: Cut, chosen: Kept, some: Any) -> Any:
-        """In side tensors (masks, position bias) the fused token stands where the best dropped token stood: ``[B, 1]``."""
+        """In side tensors (masks, position bias) the fused token stands where the best dropped one stood: ``[B, 1]``."""
         b = cut.b
         rating = masked(cut, chosen.score)
         taken = b.full([cut.batch.size, chosen.size], 2 * LOWEST, torch.float32, cut.x)

@@ -98,7 +98,7 @@ class Energy(Selector):
         return b.div(b.sum(b.mul(rated, real), 2), count)
 
     def _padded(self, cut: Cut, order: Any, own: Any, left: Any, to: Any, r: Any) -> Matched:
-        """Each sample merges its own number of pairs: real tokens come first in energy order, so its ranks are its own."""
+        """Each sample merges its own number of pairs; padding is last in energy order, so the ranks are its own too."""
         b, p, n = cut.b, cut.first, cut.candidates
         rank = b.arange(n, cut.x)
         parity = b.call(aten.remainder.Scalar, rank, 2)

@@ -11,7 +11,7 @@ __all__ = ["Groups"]
 
 
 class Groups(Selector):
-    """Groups of ``s`` neighbours for a budget of one token in s: ``K = floor(N / s)``, an incomplete last group goes."""
+    """Groups of s neighbours for a budget of one token in s: ``K = floor(N / s)``; an incomplete last group goes."""
 
     kind: ClassVar[str] = "groups"
     wants_score: ClassVar[bool] = False

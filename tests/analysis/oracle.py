@@ -28,7 +28,7 @@ from tokcc.passes.cut import Cut, Kept, Matched
 from tokcc.passes.reducers.drop import Drop
 from tokcc.passes.reducers.weighted_mean import WeightedMean
 
-__all__ = ["Case", "Kind", "Reduce", "Side", "check", "make_program", "walk_eager"]
+__all__ = ["Case", "Kind", "Reduce", "Side", "check", "make_program", "walk_eager", "walk_graph"]
 
 aten = torch.ops.aten
 Kind = Literal["drop", "shared", "padded", "merge"]
@@ -207,20 +207,31 @@ def _entry(program: Program, layout: str) -> Entry:
     return Entry(first.name, token_axis=1, batch_axis=0) if layout == "b n c" else Entry(first.name, 0, 1)
 
 
-def walk_eager(program: Program, entry: Entry, actions: Sequence[Reduce], inputs: Sequence[Tensor]) -> tuple[Walk, list[Any]]:
+def _cut(program: Program, entry: Entry) -> str:
+    """The node where the reductions go: the first ``alias`` (which is what a skip connection goes around), or the entry."""
+    return next((node.name for node in program.graph.nodes if node.target is aten.alias.default), entry.node)
+
+
+def walk_eager(
+    program: Program, layout: str, actions: Sequence[Reduce], inputs: Sequence[Tensor]
+) -> tuple[Walk, list[Any]]:
     """Walk on real tensors."""
     names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
     feeds = dict(zip(names, inputs, strict=True))
-    walk = Walk(program, EagerBuilder(), entry, actions={entry.node: list(actions)}, inputs=feeds)
+    entry = _entry(program, layout)
+    walk = Walk(program, EagerBuilder(), entry, actions={_cut(program, entry): list(actions)}, inputs=feeds)
     with torch.no_grad():
         return walk, walk.run()
 
 
-def walk_graph(program: Program, entry: Entry, actions: Sequence[Reduce], inputs: Sequence[Tensor]) -> list[Tensor]:
+def walk_graph(
+    program: Program, layout: str, actions: Sequence[Reduce], inputs: Sequence[Tensor]
+) -> tuple[GraphBuilder, list[Tensor]]:
     """Walk into a new graph and run that."""
     fake = next(iter(program.graph.nodes)).meta["val"]
     builder = GraphBuilder(fake.fake_mode)
-    values = Walk(program, builder, entry, actions={entry.node: list(actions)}).run()
+    entry = _entry(program, layout)
+    values = Walk(program, builder, entry, actions={_cut(program, entry): list(actions)}).run()
     builder.graph.output([value.handle for value in values])
     module = fx.GraphModule(nn.Module(), builder.graph)
     feeds = iter(inputs)
@@ -232,7 +243,7 @@ def walk_graph(program: Program, entry: Entry, actions: Sequence[Reduce], inputs
     for node in builder.graph.nodes:
         assert node.op != "call_function" or "val" in node.meta, node
     with torch.no_grad():
-        return list(module(*args))
+        return builder, list(module(*args))
 
 
 # reference ------------------------------------------------------------------------------------------------------------
@@ -333,10 +344,9 @@ def check(case: Case, kinds: tuple[Kind, ...], *, batch: int, tokens: int, dynam
 
     program = make_program(positional, list(traced.values()), [_moving(layout) for layout in layouts] if dynamic else None)
     inputs = made(batch, tokens) if dynamic else traced
-    entry = _entry(program, case.layout)
     actions = [Reduce(kind) for kind in kinds]
-    _, values = walk_eager(program, entry, actions, list(inputs.values()))
-    graph = walk_graph(program, entry, [Reduce(kind) for kind in kinds], list(inputs.values()))
+    _, values = walk_eager(program, case.layout, actions, list(inputs.values()))
+    _, graph = walk_graph(program, case.layout, [Reduce(kind) for kind in kinds], list(inputs.values()))
     x = inputs["x"] if case.layout == "b n c" else inputs["x"].transpose(0, 1)
     every = _left(x, actions)
     slots = len(every[0].kept)

@@ -8,8 +8,9 @@ available as "the shape in the unreduced graph".
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,11 +18,13 @@ from torch import fx
 
 import tokcc.kernels  # registers the operations
 from tokcc.analysis.context import Context
-from tokcc.analysis.rules import rule_for
-from tokcc.errors import AxisError
-from tokcc.ir.builder import Builder, GraphBuilder, same_size
+from tokcc.analysis.recount import recount
+from tokcc.analysis.rules import Rule, rule_for
+from tokcc.analysis.rules.totals import carries_totals
+from tokcc.errors import AxisError, VerifyError
+from tokcc.ir.builder import Builder, GraphBuilder
 from tokcc.ir.program import Program
-from tokcc.ir.space import Factor, TokenSpace
+from tokcc.ir.space import Axis, Factor, TokenSpace
 from tokcc.ir.value import Value, untagged
 
 __all__ = ["Action", "Entry", "Walk"]
@@ -61,10 +64,9 @@ class Walk:
         builder: Where to emit.
         entry: Where the token space starts, or None to copy.
         actions: What to do at which old node.
-        seeds: Axes to give to nodes beside the entry's (used when a program that was reduced before is walked again).
-        edges: Spaces that an operand must be brought to before a node reads it, by (node name, operand position in
-            ``all_input_nodes``).
         inputs: For the eager builder: values of all placeholders by name.
+        on_operand: Called for every tensor that a node reads, with the walk, the node and the operand's old node; returns
+            what the node reads in its place.
     """
 
     def __init__(
@@ -75,7 +77,6 @@ class Walk:
         *,
         actions: Mapping[str, Sequence[Action]] | None = None,
         inputs: Mapping[str, Any] | None = None,
-        on_value: Callable[[Walk, fx.Node, Value], Value] | None = None,
         on_operand: Callable[[Walk, fx.Node, fx.Node, Value], Value] | None = None,
     ) -> None:
         self.program = program
@@ -88,10 +89,9 @@ class Walk:
         self.tokens: TokenSpace | None = None
         self.nodes = {node.name: node for node in program.graph.nodes}
         self._inputs = dict(inputs or {})
-        self._on_value = on_value
         self._on_operand = on_operand
         self._bindings: dict[Any, int] = {}
-        self.ctx = Context(builder=builder, recompute=self.recompute, old_size=self.old_size)
+        self.ctx = Context(builder=builder, recompute=partial(recount, self), old_size=self.old_size)
 
     # shapes of the unreduced graph --------------------------------------------------------------------------------------
 
@@ -111,11 +111,10 @@ class Walk:
         fake = node.meta.get("val")
         if not isinstance(fake, torch.Tensor) or not isinstance(real, torch.Tensor):
             return
-        for symbolic, size in zip(fake.shape, real.shape, strict=True):
+        sizes: Iterable[Any] = fake.shape
+        for symbolic, size in zip(sizes, real.shape, strict=True):
             if not isinstance(symbolic, int) and symbolic.node.expr.is_symbol:
-                import sympy
-
-                self._bindings[symbolic.node.expr] = sympy.Integer(size)  # type: ignore[assignment]  # sympy is untyped
+                self._bindings[symbolic.node.expr] = int(size)
 
     # the walk -----------------------------------------------------------------------------------------------------------
 
@@ -158,8 +157,6 @@ class Walk:
     def _after(self, node: fx.Node, value: Any) -> Any:
         if self.entry is not None and node.name == self.entry.node and self.tokens is None:
             value = self._enter(value)
-        if self._on_value is not None and isinstance(value, Value):
-            value = self._on_value(self, node, value)
         for action in self.actions.get(node.name, ()):
             value = action.apply(self, node, value)
         return value
@@ -184,8 +181,13 @@ class Walk:
         plain_args, plain_kwargs = _unwrap(args), _unwrap(kwargs)
         self.ctx.original = (plain_args, plain_kwargs)
         self.ctx.clean = not any(v.reduced for v in tensors)
-        if not any(v.tagged for v in tensors):
+        if not any(v.tagged or v.totals for v in tensors):
             return self._copy(node)
+        if any(v.totals for v in tensors) and not carries_totals(node.target):
+            self.ctx.fail(
+                "a sum over the token axis is used as it is, but dropped tokens are missing from it",
+                needed="a mean, or a division by a count of the same tokens",
+            )
         rule = rule_for(node.target)
         if rule is None:
             if self.ctx.clean:
@@ -194,11 +196,38 @@ class Walk:
             return self._with_restore(node, None, args, kwargs)
         if not self.ctx.clean:
             return self._with_restore(node, rule, args, kwargs)
+        return self._annotated(node, rule, args, kwargs)
+
+    def _annotated(self, node: fx.Node, rule: Rule, args: Any, kwargs: Any) -> Any:
+        """Apply a rule where nothing is reduced: what it refuses is copied, and its axes are lost."""
         try:
-            return rule(self.ctx, *args, **kwargs)
+            return self._ruled(node, rule, args, kwargs)
         except AxisError as error:
             self.lost[node.name] = error
             return self._copy(node)
+
+    def _ruled(self, node: fx.Node, rule: Rule, args: Any, kwargs: Any) -> Any:
+        """Apply a rule and check what it promises: shapes alone do not prove a rule, but a wrong one stops here."""
+        result = rule(self.ctx, *args, **kwargs)
+        for value in result if isinstance(result, tuple) else (result,):
+            shape = self.builder.shape(value.handle)
+            if len(shape) != len(value.axes) or len(shape) != len(value.old):
+                raise VerifyError(
+                    "an axis rule lost an axis",
+                    node=self.ctx.describe(),
+                    needed=f"{len(shape)} axes",
+                    found=f"{len(value.axes)} axes, {len(value.old)} old sizes",
+                )
+            for place, (size, axis) in enumerate(zip(shape, value.axes, strict=True)):
+                wanted = _known_size(axis)
+                if isinstance(size, int) and wanted is not None and size != wanted:
+                    raise VerifyError(
+                        f"an axis rule made axis {place} another size than its tokens say",
+                        node=self.ctx.describe(),
+                        needed=str(wanted),
+                        found=str(size),
+                    )
+        return result
 
     def _operand(self, node: fx.Node, operand: fx.Node) -> Any:
         value = self.env[operand]
@@ -206,12 +235,12 @@ class Walk:
             return self._on_operand(self, node, operand, value)
         return value
 
-    def _with_restore(self, node: fx.Node, rule: Any, args: Any, kwargs: Any) -> Any:
+    def _with_restore(self, node: fx.Node, rule: Rule | None, args: Any, kwargs: Any) -> Any:
         """Run a rule; where it refuses, give the tokens back first if every step involved allows that."""
         try:
             if rule is None:
                 self.ctx.fail("no axis rule for this operation")
-            return rule(self.ctx, *args, **kwargs)
+            return self._ruled(node, rule, args, kwargs)
         except AxisError as error:
             values = [v for v in _leaves((args, kwargs)) if isinstance(v, Value) and v.reduced]
             spaces = {s for v in values for s in v.spaces if s.reduced}
@@ -228,11 +257,7 @@ class Walk:
         self.ctx.clean = True
         if rule is None:
             return self._copy(node)
-        try:
-            return rule(self.ctx, *restored_args, **restored_kwargs)
-        except AxisError as error:
-            self.lost[node.name] = error
-            return self._copy(node)
+        return self._annotated(node, rule, restored_args, restored_kwargs)
 
     def restored(self, value: Value) -> Value:
         """Give every reduced token axis of a value back to the root space."""
@@ -271,66 +296,16 @@ class Walk:
             size = self.builder.mul_sizes(size, own)
         return size
 
-    # side tensors computed again in a reduced space -----------------------------------------------------------------------
 
-    def recompute(self, node: Any, space: TokenSpace) -> Value:
-        """Evaluate a count of tokens again over the tokens of ``space``.
-
-        Follows the old graph from the divisor of a mean up to the sum over tokens it comes from, and repeats that chain
-        with the reduced operand.
-        """
-        if not isinstance(node, fx.Node):
-            self.ctx.fail("a sum over kept tokens is divided by something that does not count tokens")
-        target = node.target
-        known = self.env.get(node)
-        if target in (aten.sum.dim_IntList,) and isinstance(node.args[0], fx.Node):
-            return self._recount(node, space)
-        unary = {
-            aten.clamp.default,
-            aten.clamp_min.default,
-            aten._to_copy.default,
-            aten.to.dtype,
-            aten.unsqueeze.default,
-            aten.expand.default,
-            aten.reshape.default,
-            aten.view.default,
-            aten.add.Tensor,
-            aten.add.Scalar,
-            aten.maximum.default,
-        }
-        if target in unary and isinstance(node.args[0], fx.Node) and isinstance(known, Value):
-            inner = self.recompute(node.args[0], space)
-            rest = _unwrap(fx.node.map_arg(node.args[1:], lambda n: self.env[n]))
-            kwargs = _unwrap(fx.node.map_arg(dict(node.kwargs), lambda n: self.env[n]))
-            handle = self.builder.call(target, inner.handle, *rest, **kwargs)
-            return known.having(handle=handle, totals=frozenset({space}))
-        self.ctx.fail("a sum over kept tokens is divided by something that does not count the same tokens")
-
-    def _recount(self, node: fx.Node, space: TokenSpace) -> Value:
-        from tokcc.analysis.rules.reduction import sum_tokens
-
-        source = self.env[node.args[0]]  # type: ignore[index]  # checked by the caller
-        dims = node.args[1]
-        dims = [dims] if isinstance(dims, int) else list(dims)  # type: ignore[arg-type]  # ints
-        keepdim = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
-        if len(dims) != 1 or not isinstance(source, Value) or not source.side:
-            self.ctx.fail("a sum over kept tokens is divided by something that does not count the same tokens")
-        axis = dims[0] % source.rank
-        if not same_size(source.old[axis], space.root.old):
-            self.ctx.fail("a sum over kept tokens is divided by a sum over something else")
-        assert self.batch is not None
-        axes = list(source.axes)
-        axes[axis] = (Factor(space.root, space.root.old),)
-        batch: tuple[int, Any] | None = None
-        for i, size in enumerate(source.old):
-            if i < axis and same_size(size, self.batch.old) and axes[i]:
-                axes[i] = (Factor(self.batch, size),)
-                batch = None
-                break
-            if i < axis and isinstance(size, int) and size == 1:
-                batch = (i, (Factor(self.batch, self.batch.old),))
-        moved = self.ctx.remap(source.having(axes=tuple(axes)), axis, 0, space, batch)
-        return sum_tokens(self.ctx, moved, axis, space, keepdim, self.old_shape(node))
+def _known_size(axis: Axis) -> int | None:
+    """Return the current size of an axis, or None where it is symbolic."""
+    size = 1
+    for factor in axis:
+        own = factor.old if factor.space is None else factor.space.size
+        if not isinstance(own, int):
+            return None
+        size *= own
+    return size
 
 
 def _steps(spaces: set[TokenSpace]) -> list[TokenSpace]:

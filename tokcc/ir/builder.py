@@ -64,6 +64,10 @@ class Builder(ABC):
         del label
         yield
 
+    def mark_prefix(self, reduced: Any, source: Any, rows: int) -> None:
+        """Record that the first ``rows`` tokens of a reduced stream are those of the stream before, untouched."""
+        del reduced, source, rows
+
     # sizes ------------------------------------------------------------------------------------------------------------
 
     def _size_op(self, op: Callable[[Any, Any], Any], first: Any, second: Any) -> Any:
@@ -315,7 +319,9 @@ class GraphBuilder(Builder):
         if source is not None:
             node.meta = {k: v for k, v in source.meta.items() if k in ("nn_module_stack", "stack_trace", "torch_fn")}
         if self.scope is not None:
-            node.meta["origin"] = self.scope.name
+            node.meta["origin"] = self.scope.meta.get("origin", self.scope.name)
+            if "tokcc" in self.scope.meta:
+                node.meta["tokcc"] = self.scope.meta["tokcc"]
         if self._label is not None:
             node.meta["tokcc"] = self._label
         if like is not None:
@@ -363,6 +369,9 @@ class GraphBuilder(Builder):
             self._symbols[expression] = made
             self.definitions[made.node.expr] = expression
         return self._symbols[expression]
+
+    def mark_prefix(self, reduced: fx.Node, source: fx.Node, rows: int) -> None:
+        reduced.meta["tokcc_prefix"] = (source.name, rows)
 
     def _name(self, target: Any) -> str:
         packet = getattr(target, "_schema", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tokcc.analysis.sites import Sites, find_sites
+from tokcc.capture.fold_constants import FoldConstants
 from tokcc.config import LoadedPolicy
 from tokcc.errors import PlanError
 from tokcc.ir.program import Program
@@ -65,4 +66,6 @@ def reduce_program(program: Program, policy: LoadedPolicy, stages: Stages, *, sl
             result = SliceDemand(sites).run(reduced)
             sliced = result.program
             verify(sliced, "SliceDemand")
+            sliced = FoldConstants().run(sliced).program
+            verify(sliced, "FoldConstants")
     return Reduced(program, replace(reduced), sliced, plan, sites)

@@ -42,7 +42,6 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "to_dtype": lambda x: aten.to.dtype(x, torch.float64),
     "clone": aten.clone.default,
     "contiguous": aten.contiguous.default,
-    "alias": aten.alias.default,
     "detach": aten.detach.default,
     "dropout": lambda x: aten.dropout.default(x, 0.5, False),
     "lift_fresh_copy": aten.lift_fresh_copy.default,

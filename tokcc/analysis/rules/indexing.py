@@ -134,13 +134,29 @@ def _part(
         return _along(x, dim, handle, (Factor(tail, tail.root.old),), old)
     if not isinstance(count, int):
         return None
-    if start >= 0 and all(s.prefix >= start + count for s in reductions):
-        handle = made or (ctx.emit() if ctx.clean else b.slice(x.handle, dim, start, start + count))
+    place = _place(reductions, start, count)
+    if place is not None:
+        handle = made or (ctx.emit() if ctx.clean else b.slice(x.handle, dim, place, place + count))
         return _along(x, dim, handle, _fresh(count), old)
     if at_end and all(s.suffix >= count for s in reductions):
         handle = made or (ctx.emit() if ctx.clean else b.slice(x.handle, dim, b.sub_sizes(space.size, count)))
         return _along(x, dim, handle, _fresh(count), old)
     return None
+
+
+def _place(reductions: Sequence[TokenSpace], start: int, count: int) -> int | None:
+    """Return where ``count`` tokens from ``start`` on stand after reductions that protected them, or None."""
+    for step in reductions:
+        if step.rows is not None:
+            if start not in step.rows:
+                return None
+            place = step.rows.index(start)
+            if step.rows[place : place + count] != tuple(range(start, start + count)):
+                return None
+            start = place
+        elif not 0 <= start <= step.prefix - count:
+            return None
+    return start if start >= 0 else None
 
 
 def _along(x: Value, dim: int, handle: Any, axis: Axis, old: tuple[Any, ...]) -> Value:

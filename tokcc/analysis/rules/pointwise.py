@@ -9,7 +9,8 @@ import torch
 
 from tokcc.analysis.context import Context
 from tokcc.analysis.rules.attention import key_bias
-from tokcc.ir.space import Axis, Factor, TokenSpace
+from tokcc.analysis.rules.totals import with_totals
+from tokcc.ir.space import Axis, Factor
 from tokcc.ir.value import Value
 
 __all__ = ["RULES", "pointwise"]
@@ -24,12 +25,12 @@ _SCALING = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, 
 def pointwise(ctx: Context, *args: Any, **kwargs: Any) -> Value:
     """Align all tensor operands by broadcasting and emit the operation."""
     operands = [a for a in args if isinstance(a, Value)]
+    if any(v.totals for v in operands):
+        return with_totals(ctx, operands, args, kwargs)
     if len(operands) == 1:
         (value,) = operands
         handle = ctx.emit(*_handles(args), **_handles_kw(kwargs))
         return value.having(handle=handle, axes=_weights(ctx, operands, value.axes))
-    if any(v.totals for v in operands):
-        return _with_totals(ctx, args, kwargs, operands)
     aligned, axes, old = ctx.broadcast(operands)
     substituted = iter(aligned)
     new_args = [next(substituted) if isinstance(a, Value) else a for a in args]
@@ -46,36 +47,6 @@ def _weights(ctx: Context, operands: Sequence[Value], axes: Sequence[Axis]) -> t
         kept = ctx.node.target in _SCALING and len(own) == 1 and any(f.normalised for f in own[0])
         result.append(tuple(Factor(f.space, f.old, kept and f.space is not None) for f in axis))
     return tuple(result)
-
-
-def _with_totals(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Value]) -> Value:
-    """A sum over kept tokens may be scaled, and must in the end be divided by a count of the same tokens."""
-    assert ctx.node is not None
-    target = ctx.node.target
-    first, second = args[0], args[1]
-    if target is aten.div.Tensor and isinstance(first, Value) and first.totals and len(first.totals) == 1:
-        (space,) = first.totals
-        if not isinstance(second, Value):
-            ctx.fail("a sum over kept tokens is divided by a fixed number")
-        if second.totals:
-            if second.totals != first.totals:
-                ctx.fail("a sum over one token set is divided by a count of another")
-            count = second
-        else:
-            assert ctx.recompute is not None
-            count = ctx.recompute(ctx.node.args[1], space)
-        plain = [first.having(totals=frozenset()), count.having(totals=frozenset())]
-        aligned, axes, old = ctx.broadcast(plain)
-        handle = ctx.emit(*(v.handle for v in aligned), **_handles_kw(kwargs))
-        return Value(handle, axes, old)
-    if target is aten.mul.Tensor and len([v for v in operands if v.totals]) == 1:
-        aligned, axes, old = ctx.broadcast(operands)
-        handle = ctx.emit(*(v.handle for v in aligned), **_handles_kw(kwargs))
-        return Value(handle, axes, old, totals=frozenset[TokenSpace]().union(*(v.totals for v in operands)))
-    ctx.fail(
-        "a sum over the token axis is used as it is, but dropped tokens are missing from it",
-        needed="a mean, or a division by a count of the same tokens",
-    )
 
 
 def like_first(ctx: Context, *args: Any, **kwargs: Any) -> Value:

@@ -41,6 +41,9 @@ def regroup(ctx: Context, axes: Sequence[Axis], out_old: Sequence[Any]) -> tuple
     for wanted in out_old:
         taken: list[Factor] = []
         size: Any = 1
+        if _one(wanted) and queue and queue[-1].space is not None and _one(queue[-1].old):
+            # A batch of one keeps its own axis.
+            taken.append(queue.pop())
         while not same_size(size, wanted):
             if not queue:
                 ctx.fail("a reshape whose axes do not fit together")

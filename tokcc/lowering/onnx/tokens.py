@@ -70,54 +70,43 @@ def scatter_tokens(t: Translator, node: fx.Node, base: Any, index: Any, values: 
 
 
 def merge_tokens(t: Translator, node: fx.Node, x: Any, weight: Any, keep: Any, source: Any, slot: Any, first: int) -> Any:
-    """Kept rows plus a product with the one-hot of the merged tokens' slots."""
-    del node
-    fake = x.meta["val"]
-    dtype = fake.dtype
-    value = t.value(x)
-    keep_v, source_v, slot_v = t.value(keep), t.value(source), t.value(slot)
+    """``x_kept * (w_kept / total) + share @ x_source``: one product with the one-hot of the merged tokens' slots.
+
+    The product runs over all kept rows: it is small beside the copies that leaving out rows before ``first`` would need.
+    """
+    del node, first
+    dtype = x.meta["val"].dtype
+    value, keep_v, slot_v = t.value(x), t.value(keep), t.value(slot)
     slots = keep.meta["val"].shape[1]
     base = _rows(t, value, keep_v)  # [B, K, C]
-    moved = _rows(t, value, source_v)  # [B, R, C]
-    target = t.op("GatherElements", keep_v, slot_v, axis=1)  # [B, R] where each source's destination was
-    moved = t.op("Sub", moved, _rows(t, value, target))
-    size = t.op.constant(slots, _INT) if isinstance(slots, int) else t.op("Squeeze", t.op("Shape", keep_v, start=1, end=2))
-    places = t.op("Range", t.op.constant(first, _INT), size, t.op.constant(1, _INT))  # [K - first]
-    hot = t.op(
-        "Equal",
-        t.op("Unsqueeze", slot_v, t.op.ints([1])),
-        t.op("Unsqueeze", places, t.op.ints([1])),
-    )  # [B, K - first, R]
+    moved = _rows(t, value, t.value(source))  # [B, R, C]
+    if isinstance(slots, int):
+        places = t.op.constant(np.arange(slots)[:, None], _INT)  # [K, 1]
+    else:
+        size = t.op("Squeeze", t.op("Shape", keep_v, start=1, end=2))
+        row = t.op("Range", t.op.constant(0, _INT), size, t.op.constant(1, _INT))
+        places = t.op("Unsqueeze", row, t.op.ints([1]))
+    hot = t.op("Equal", t.op("Unsqueeze", slot_v, t.op.ints([1])), places)  # [B, K, R]
     hot = t.op("Cast", hot, to=int(ir_dtype(dtype)))
-    one = t.value(1.0, dtype)
     if weight is None:
-        own = None
-        joined = t.op("ReduceSum", hot, t.op.ints([2]), keepdims=1)  # [B, K - first, 1]
-        total = t.op("Add", joined, one)
-        share = t.op("Div", hot, total)
+        joined = t.op("ReduceSum", hot, t.op.ints([2]), keepdims=1)  # [B, K, 1]
+        total = t.op("Add", joined, t.value(1.0, dtype))
+        own_share = t.op("Div", t.value(1.0, dtype), total)
     else:
         weights = t.value(weight, dtype)
-        own = t.op("GatherElements", weights, keep_v, axis=1)  # [B, K]
-        mass = t.op("GatherElements", weights, source_v, axis=1)  # [B, R]
+        mass = t.op("GatherElements", weights, t.value(source), axis=1)  # [B, R]
         hot = t.op("Mul", hot, t.op("Unsqueeze", mass, t.op.ints([1])))
         joined = t.op("ReduceSum", hot, t.op.ints([2]), keepdims=1)
-        tail = t.op("Slice", own, t.op.ints([first]), t.op.ints([2**62]), t.op.ints([1])) if first else own
-        total = t.op("Add", joined, t.op("Unsqueeze", tail, t.op.ints([2])))
+        own = t.op("Unsqueeze", t.op("GatherElements", weights, keep_v, axis=1), t.op.ints([2]))  # [B, K, 1]
+        total = t.op("Add", joined, own)
         tiny = t.value(float(torch.finfo(dtype).tiny), dtype)
-        share = t.op("Div", hot, t.op("Max", total, tiny))
-    added = t.op("MatMul", share, moved)  # [B, K - first, C]
-    totals = t.op("Squeeze", total, t.op.ints([2]))  # [B, K - first]
-    if first == 0:
-        return t.op("Add", base, added), totals
-    head = t.op("Slice", base, t.op.ints([0]), t.op.ints([first]), t.op.ints([1]))
-    rest = t.op("Slice", base, t.op.ints([first]), t.op.ints([2**62]), t.op.ints([1]))
-    merged = t.op("Concat", head, t.op("Add", rest, added), axis=1)
-    if own is None:
-        shape = t.op("Shape", t.op("Slice", keep_v, t.op.ints([0]), t.op.ints([first]), t.op.ints([1])))
-        untouched = t.op("ConstantOfShape", shape, value=ir.tensor([1.0], dtype=ir_dtype(dtype)))
+        own_share = t.op("Div", own, t.op("Max", total, tiny))
+    if weight is None:
+        share = t.op("Mul", hot, own_share)
     else:
-        untouched = t.op("Slice", own, t.op.ints([0]), t.op.ints([first]), t.op.ints([1]))
-    return merged, t.op("Concat", untouched, totals, axis=1)
+        share = t.op("Div", hot, t.op("Max", total, tiny))
+    merged = t.op("Add", t.op("Mul", base, own_share), t.op("MatMul", share, moved))
+    return merged, t.op("Squeeze", total, t.op.ints([2]))
 
 
 def topk_select(t: Translator, node: fx.Node, score: Any, k: Any, ascending: bool) -> Any:
