@@ -7,7 +7,7 @@ that is wanted in part, a slice goes on that edge, and the forward axis rules ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,6 +174,20 @@ def _count(sizes: Sequence[Any]) -> Any:
 
 
 @dataclass(frozen=True)
+class _Untouched:
+    """Takes the stream before a reduction in place of its result, where only tokens are wanted that it leaves alone."""
+
+    source: str
+    narrow: Callable[[Walk, Value, int], Value]
+
+    def apply(self, walk: Walk, node: fx.Node, value: Value) -> Value:
+        """Return the wanted rows of the stream before."""
+        del node, value
+        before: Value = walk.env[walk.nodes[self.source]]
+        return before if before.spaces else self.narrow(walk, before, 1)
+
+
+@dataclass(frozen=True)
 class SliceDemand:
     """Slice edges where only some rows are wanted, and propagate.
 
@@ -257,16 +271,9 @@ class SliceDemand:
                     value = narrow(walk, value, axis)
             return value
 
-        def on_value(walk: Walk, node: fx.Node, value: Value) -> Value:
-            source = demand.untouched(node)
-            if source is None:
-                return value
-            before = walk.env[walk.nodes[source]]
-            if before.spaces:
-                return before  # type: ignore[no-any-return]  # a value: already only these rows
-            return narrow(walk, before, 1)
-
-        walk = Walk(program, builder, None, on_operand=on_operand, on_value=on_value)
+        untouched = {node.name: source for node in demand.wanted if (source := demand.untouched(node)) is not None}
+        actions = {name: (_Untouched(source, narrow),) for name, source in untouched.items()}
+        walk = Walk(program, builder, None, on_operand=on_operand, actions=actions)
         values = walk.run()
         if not changed:
             return PassResult(program, False)

@@ -48,23 +48,43 @@ class FuseRest(Reducer):
         # There is a fused token only where something was dropped.
         some = b.min_sizes(1, b.sub_sizes(cut.tokens, chosen.size))
         child.size = b.add_sizes(chosen.size, some)
-        child.index = b.cat([chosen.index, self._place(cut, chosen, some)], 1)
         child.ascending = False
         child.base = cut.x
         child.suffix = 0
+        valid = None
         if chosen.valid is not None:
             dropped = b.compare("gt", b.sum(gone, 1, keepdim=True), 0.5)
-            child.valid = b.cat([chosen.valid, b.slice(dropped, 1, 0, some)], 1)
+            valid = b.cat([chosen.valid, b.slice(dropped, 1, 0, some)], 1)
+        # The fused token is the last of the real ones; empty slots stay behind it.
+        order = None if valid is None else topk(b, b.cast(valid, torch.int32), child.size, in_order=False)
+
+        def joined(own: Any, extra: Any) -> Any:
+            both = b.cat([own, b.slice(extra, 1, 0, some)], 1)
+            return both if order is None else take(cut, both, order)
+
+        child.index = joined(*self._places(cut, chosen, gone, some))
+        child.valid = None if valid is None else b.gather(valid, 1, order)
         if cut.space.weight is not None:
             own = take(cut, cut.space.weight, chosen.index)
             rest = b.sum(b.mul(b.cast(cut.space.weight, dtype), gone), 1, keepdim=True)
-            rest = b.slice(b.cast(rest, b.dtype(own)), 1, 0, some)
-            child.weight, child.bias = b.cat([own, rest], 1), cut.space.bias
-        return b.cat([take(cut, cut.x, chosen.index), b.slice(fused, 1, 0, some)], 1)
+            child.weight, child.bias = joined(own, b.cast(rest, b.dtype(own))), cut.space.bias
+        return joined(take(cut, cut.x, chosen.index), fused)
 
-    def _place(self, cut: Cut, chosen: Kept, some: Any) -> Any:
-        """In side tensors (masks, position bias) the fused token stands where the best dropped one stood: ``[B, 1]``."""
+    def _places(self, cut: Cut, chosen: Kept, gone: Any, some: Any) -> tuple[Any, Any]:
+        """Return where the kept tokens and the fused one stand in side tensors (masks, position bias).
+
+        The fused token stands where the best dropped one stood. It must be a real token there, since masks are read by
+        it, and no other slot may stand there, since restoring writes by it.
+        """
         b = cut.b
         rating = masked(cut, chosen.score)
         taken = b.full([cut.batch.size, chosen.size], 2 * LOWEST, torch.float32, cut.x)
-        return topk(b, b.scatter(rating, 1, chosen.index, taken), some, in_order=False)
+        free = topk(b, b.scatter(rating, 1, chosen.index, taken), some, in_order=False)  # [B, 1]
+        if chosen.valid is None:
+            return chosen.index, free
+        # Empty slots stand at dropped tokens too: one that stands at the best takes the free place instead.
+        rating = b.where(b.compare("gt", gone, 0.5), rating, 2 * LOWEST)
+        best = topk(b, rating, some, in_order=False)
+        place = b.where(b.compare("gt", b.gather(rating, 1, best), LOWEST), best, free)
+        clash = b.compare("eq", chosen.index, place)
+        return b.where(clash, free, chosen.index), place

@@ -185,7 +185,7 @@ def make_program(fn: Callable[..., Any], inputs: Sequence[Tensor], dynamic: Sequ
     fakes = []
     for i, t in enumerate(inputs):
         moving = dynamic[i] if dynamic else set()
-        sizes = [DimDynamic.DYNAMIC if axis in moving else DimDynamic.STATIC for axis in range(t.ndim)]
+        sizes = [DimDynamic.DUCK if axis in moving else DimDynamic.STATIC for axis in range(t.ndim)]
         fakes.append(mode.from_tensor(t, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
 
     def listed(*args: Tensor) -> tuple[Tensor, ...]:

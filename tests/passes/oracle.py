@@ -6,8 +6,10 @@ returns a :class:`Cut`: the tokens that are left. Nothing of tokcc is used to fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -20,7 +22,25 @@ from tokcc.ir.builder import EagerBuilder
 from tokcc.ir.program import Program
 from tokcc.testing import reduce_program, run_eager, run_program, trace
 
-__all__ = ["Cut", "Method", "Result", "Scene", "compare", "cosine", "inputs_of", "merge", "program_of", "reference", "top"]
+__all__ = [
+    "Cut",
+    "Feeds",
+    "Method",
+    "Model",
+    "Result",
+    "Scene",
+    "compare",
+    "cosine",
+    "drop",
+    "inputs_of",
+    "merge",
+    "policy",
+    "program_of",
+    "received",
+    "reference",
+    "share_of",
+    "top",
+]
 
 Model = Vision | Text | Audio
 Feeds = Mapping[str, Tensor]
@@ -153,7 +173,7 @@ def reference(
             return x, sizes
         cuts.append(cut)
         places = _restored(full, places, cut, x)
-        return cut.x, sizes if cut.sizes is None and len(cut.x) == len(x) else _or_ones(cut)
+        return cut.x, torch.ones(len(cut.x)) if cut.sizes is None else cut.sizes
 
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
@@ -185,10 +205,6 @@ def reference(
     return Result(y, pooled, cuts, model.norm(full))
 
 
-def _or_ones(cut: Cut) -> Tensor:
-    return torch.ones(len(cut.x)) if cut.sizes is None else cut.sizes
-
-
 # what methods are written with ------------------------------------------------------------------------------------------
 
 
@@ -200,6 +216,22 @@ def cosine(first: Tensor, second: Tensor) -> float:
 def top(scores: Sequence[float], among: Sequence[int], count: int) -> list[int]:
     """Return the ``count`` positions of ``among`` with the largest score, best first; ties to the lower position."""
     return sorted(among, key=lambda i: (-float(scores[i]), i))[:count]
+
+
+def share_of(n: int, share: str | float, rounding: str = "ceil") -> int:
+    """Return a share of ``n``, computed with decimals as they are written."""
+    exact = Fraction(str(share)) * n
+    return {"ceil": math.ceil, "floor": math.floor, "round": lambda value: math.floor(value + Fraction(1, 2))}[rounding](
+        exact
+    )
+
+
+def received(scene: Scene, *, diagonal: bool = True) -> list[float]:
+    """Return the attention that each token receives, summed over heads and rows."""
+    heads, n = len(scene.probs), scene.n
+    return [
+        sum(float(scene.probs[h, i, j]) for h in range(heads) for i in range(n) if diagonal or i != j) for j in range(n)
+    ]
 
 
 def merge(scene: Scene, kept: list[int], pairs: list[tuple[int, int]], *, sized: bool = True) -> Cut:
