@@ -9,6 +9,7 @@ from torch import fx
 
 from tokcc.analysis.sites import Sites
 from tokcc.analysis.walk import Walk
+from tokcc.ir.builder import same_size
 from tokcc.ir.value import Value
 
 __all__ = ["depends_on_input", "mask_operand", "padding_of"]
@@ -37,6 +38,7 @@ def depends_on_input(node: fx.Node, user_inputs: set[fx.Node]) -> bool:
 def mask_operand(walk: Walk, sites: Sites, layer: int) -> fx.Node | None:
     """Return the node of the mask that a layer's attention adds or applies, or None."""
     site = sites.layers[layer].attention
+    node: Any
     if site.mask is not None:
         return walk.nodes[site.mask]
     if site.probs is None:
@@ -71,26 +73,27 @@ def padding_of(walk: Walk, sites: Sites, layer: int) -> Any:
 
     The mask of the layer's own attention says it: a token is real when some query may attend to it.
     """
-    node = mask_operand(walk, sites, min(layer, len(sites.layers) - 1))
+    layer = min(layer, len(sites.layers) - 1)
+    node = mask_operand(walk, sites, layer)
     if node is None or not depends_on_input(node, set(walk.program.user_inputs)):
         return None
-    mask = walk.env[node]
-    if not isinstance(mask, Value):
+    mask, query = walk.env[node], walk.env[walk.nodes[sites.layers[layer].attention.query]]
+    if not isinstance(mask, Value) or not isinstance(query, Value):
         return None
     b = walk.builder
     assert walk.batch is not None
     handle = mask.handle
     if b.dtype(handle) != torch.bool:
         handle = b.compare("gt", handle, MASKED_BELOW)
-    shape = list(mask.old)
-    # [B, H or 1, N or 1, N] -> [B, N]: real when any head and any query may look.
-    for axis in range(mask.rank - 2, 0, -1):
-        one = isinstance(shape[axis], int) and shape[axis] == 1
+    # [B, H or 1, N or 1, N] -> [B, N]: real when any head and any query may look. The leading axes may be missing.
+    full = mask.rank == query.rank
+    for axis in range(mask.rank - 2, 0 if full else -1, -1):
+        one = isinstance(mask.old[axis], int) and mask.old[axis] == 1
         handle = b.squeeze(handle, axis) if one else b.call(aten.any.dim, handle, axis)
-    if mask.rank == 1:
+    if not full:
         handle = b.unsqueeze(handle, 0)
-    first = mask.axes[0]
-    fused = len(first) > 1 or (not first and mask.rank > 1)
-    if fused:
-        walk.ctx.fail("the padding mask is fused over heads or shared by all samples; its layout is not understood")
-    return handle
+    if full and same_size(mask.old[0], walk.batch.old):
+        return handle
+    if not full or same_size(mask.old[0], 1):
+        return b.expand(handle, [walk.batch.size, -1])
+    walk.ctx.fail("the padding mask is fused over batch and heads; its layout is not understood")

@@ -15,7 +15,7 @@ def merge_tokens(
     """Merge source tokens into kept ones, weighted by how many tokens each stands for.
 
     ``x'_k = (w_k x_k + sum_{a: slot_a = k} w_a x_a) / w'_k`` with ``w'_k = w_k + sum w_a`` (ToMe, arXiv:2210.09461,
-    section 3). Written as ``x_k + sum (w_a / w'_k) (x_a - x_k)``, which needs no second pass over the kept tokens.
+    section 3). A slot that stands for padding only (all weights 0) holds zeros.
 
     Args:
         x: ``[B, N, C]``.

@@ -12,10 +12,11 @@ def reference(
     if weight is None:
         weight = x.new_ones(x.shape[:2])
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
-    total = weight[rows, keep]  # [B, K]
-    total = total.scatter_add(1, slot, weight[rows, source])
-    # A slot that stands for padding only has weight 0; what it holds does not matter, but it must be finite.
-    share = weight[rows, source] / total.gather(1, slot).clamp_min(torch.finfo(x.dtype).tiny)  # [B, R]
-    moved = share[..., None] * (x[rows, source] - x[rows, keep.gather(1, slot)])  # [B, R, C]
-    merged = x[rows, keep].scatter_add(1, slot[..., None].expand_as(moved), moved)
-    return merged, total
+    own = weight[rows, keep]  # [B, K]
+    total = own.scatter_add(1, slot, weight[rows, source])
+    # A slot that stands for padding only weighs 0 and holds zeros.
+    divisor = total.clamp_min(torch.finfo(x.dtype).tiny)
+    share = weight[rows, source] / divisor.gather(1, slot)  # [B, R]
+    moved = share[..., None] * x[rows, source]  # [B, R, C]
+    kept = (own / divisor)[..., None] * x[rows, keep]
+    return kept.scatter_add(1, slot[..., None].expand_as(moved), moved), total

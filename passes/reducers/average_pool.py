@@ -33,6 +33,10 @@ class AveragePool(Reducer):
         last = b.mul_sizes(chosen.size, width)
         inside = b.call(aten.clamp_max.default, cut.positions(), b.sub_sizes(last, 1))
         child.assign = cut.per_sample(b.call(aten.div.Tensor_mode, inside, width, rounding_mode="floor"))
-        whole = b.slice(cut.x, 1, 0, last)
+        if isinstance(last, int) and isinstance(cut.tokens, int):
+            whole = b.slice(cut.x, 1, 0, last)
+        else:
+            # A slice's symbolic length is a minimum, which the reshape below could only match by fixing the parity of N.
+            whole = b.call(aten.index_select.default, cut.x, 1, b.arange(last, cut.x))
         shape = [b.size(whole, 0), chosen.size, width, b.size(whole, 2)]
         return b.mean(b.reshape(whole, shape), 2)

@@ -62,7 +62,7 @@ class FuseRest(Reducer):
             both = b.cat([own, b.slice(extra, 1, 0, some)], 1)
             return both if order is None else take(cut, both, order)
 
-        child.index = joined(*self._places(cut, chosen, gone, some))
+        child.index = joined(*self._places(cut, chosen, gone))
         child.valid = None if valid is None else b.gather(valid, 1, order)
         if cut.space.weight is not None:
             own = take(cut, cut.space.weight, chosen.index)
@@ -70,7 +70,7 @@ class FuseRest(Reducer):
             child.weight, child.bias = joined(own, b.cast(rest, b.dtype(own))), cut.space.bias
         return joined(take(cut, cut.x, chosen.index), fused)
 
-    def _places(self, cut: Cut, chosen: Kept, gone: Any, some: Any) -> tuple[Any, Any]:
+    def _places(self, cut: Cut, chosen: Kept, gone: Any) -> tuple[Any, Any]:
         """Return where the kept tokens and the fused one stand in side tensors (masks, position bias).
 
         The fused token stands where the best dropped one stood. It must be a real token there, since masks are read by
@@ -79,12 +79,12 @@ class FuseRest(Reducer):
         b = cut.b
         rating = masked(cut, chosen.score)
         taken = b.full([cut.batch.size, chosen.size], 2 * LOWEST, torch.float32, cut.x)
-        free = topk(b, b.scatter(rating, 1, chosen.index, taken), some, in_order=False)  # [B, 1]
+        free = topk(b, b.scatter(rating, 1, chosen.index, taken), 1, in_order=False)  # [B, 1]
         if chosen.valid is None:
             return chosen.index, free
         # Empty slots stand at dropped tokens too: one that stands at the best takes the free place instead.
         rating = b.where(b.compare("gt", gone, 0.5), rating, 2 * LOWEST)
-        best = topk(b, rating, some, in_order=False)
+        best = topk(b, rating, 1, in_order=False)
         place = b.where(b.compare("gt", b.gather(rating, 1, best), LOWEST), best, free)
         clash = b.compare("eq", chosen.index, place)
         return b.where(clash, free, chosen.index), place

@@ -67,9 +67,9 @@ class Side:
         flags = t > -0.3
         if self.layout.endswith("n n"):
             flags |= torch.eye(tokens, dtype=torch.bool)
-        elif self.layout.endswith("n"):
+        else:
             # Protected tokens are always there, so that no row is left without a key.
-            flags[..., :PREFIX] = True
+            flags.movedim(parse(self.layout).index(("n",)), -1)[..., :PREFIX] = True
         if self.kind == "additive":
             return torch.zeros(shape).masked_fill(~flags, -torch.inf)
         return flags if self.kind == "bool" else flags.float()
@@ -89,7 +89,7 @@ class Case:
         layout: Axes of ``x``.
         kinds: Which reductions make sense; a tuple of tuples, each applied one after the other at the entry.
         tagged: Check the axes that the rules derived against ``out``.
-        dynamic: Also with symbolic batch and tokens.
+        dynamic: Checked with symbolic batch and tokens as well.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Case:
     layout: str = "b n c"
     kinds: tuple[tuple[Kind, ...], ...] = (("drop",), ("merge",))
     tagged: bool = True
-    dynamic: bool = True
+    dynamic: bool = False
 
 
 @dataclass

@@ -157,7 +157,7 @@ CASES = [
     Refused(
         "causal attention of merged tokens",
         lambda x: sdpa(x, x, x, None, 0.0, True),
-        "explicit mask",
+        "reordered",
         "scaled_dot_product_attention",
         "merge",
     ),

@@ -253,7 +253,9 @@ def drop(scene: Scene, kept: list[int]) -> Cut:
 
 # comparison with tokcc --------------------------------------------------------------------------------------------------
 
-_PROGRAMS: dict[Any, Program] = {}
+# The keys are identities, so what they identify is kept.
+_PROGRAMS: dict[Any, tuple[Model, Program]] = {}
+_REDUCED: dict[Any, tuple[Program, Program]] = {}
 
 
 def program_of(model: Model, feeds: Feeds, dynamic: Any = None) -> Program:
@@ -261,8 +263,8 @@ def program_of(model: Model, feeds: Feeds, dynamic: Any = None) -> Program:
     shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in feeds.items())
     key = (id(model), shapes, dynamic is not None)
     if key not in _PROGRAMS:
-        _PROGRAMS[key] = trace(model, feeds, dynamic)
-    return _PROGRAMS[key]
+        _PROGRAMS[key] = model, trace(model, feeds, dynamic)
+    return _PROGRAMS[key][1]
 
 
 def inputs_of(feeds: Feeds) -> list[dict[str, Tensor]]:
@@ -278,6 +280,13 @@ def policy(step: Mapping[str, Any] | str, tokens: str = "reduced") -> dict[str, 
     """Return a policy of one step, with the token output as it is after the reductions, or with all tokens."""
     step = {"preset": step} if isinstance(step, str) else dict(step)
     return {"version": 1, "steps": [step], "outputs": {"tokens": tokens}}
+
+
+def _reduced(program: Program, wanted: Mapping[str, Any]) -> Program:
+    key = (id(program), repr(wanted))
+    if key not in _REDUCED:
+        _REDUCED[key] = program, reduce_program(program, wanted)[0]
+    return _REDUCED[key][1]
 
 
 def compare(
@@ -302,10 +311,9 @@ def compare(
         full: Also check the output that has all its tokens back.
     """
     program = program_of(model, traced or feeds, dynamic)
-    reduced, _ = reduce_program(program, policy(step))
-    outputs = run_program(reduced, feeds)
+    outputs = run_program(_reduced(program, policy(step)), feeds)
     eager, plan = run_eager(program, policy(step), feeds)
-    wholes = run_program(reduce_program(program, policy(step, "full"))[0], feeds) if full else None
+    wholes = run_program(_reduced(program, policy(step, "full")), feeds) if full else None
     results = [oracle(sample) for sample in inputs_of(feeds)]
     for mine, theirs in zip(outputs, eager, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)

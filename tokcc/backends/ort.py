@@ -38,6 +38,8 @@ class Session:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        # The threads of an idle session must not spin while another one is measured.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)

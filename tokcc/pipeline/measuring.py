@@ -93,12 +93,12 @@ def facts(
         rows = _rows(reduced, before, after, shapes)
         totals = Totals.of(before.total.flops, after.total.flops, shapes=shapes)
         warnings = reduced.plan.warnings
-        notes += _full_attention(reduced)
+        notes += _full_attention(reduced) + _left_out(reduced)
     floats = [v for v in reduced.original.state_tensors().values() if v.is_floating_point()]
     parity = Parity(
         passed=all(c.passed for group in checks.values() for c in group),
         batches=len(feeds),
-        inputs="the example and random inputs",
+        inputs="example and random",
         checks=tuple(
             ParityCheck(
                 engine=engine,
@@ -209,6 +209,17 @@ def _full_attention(reduced: Reduced) -> list[str]:
     ]
 
 
+def _left_out(reduced: Reduced) -> list[str]:
+    """Say which reductions demand slicing made pointless: only tokens they do not touch are read behind them."""
+    assert reduced.plan is not None
+    present = {node.meta.get("tokcc") for node in reduced.sliced.graph.nodes}
+    gone = sorted({r.layer for r in reduced.plan.reductions if f"{r.name}@{r.layer}" not in present})
+    if not gone:
+        return []
+    where = ", ".join(map(str, gone))
+    return [f"the reductions at layers {where} cost nothing: the outputs read only tokens that they leave alone"]
+
+
 def measure_engine(
     report: Report,
     reduced: Reduced,
@@ -269,20 +280,21 @@ def measure_engine(
         )
         with tempfile.TemporaryDirectory(dir=engine.parent) as scratch:
             inserted = inserted_seconds(engine, timed_feed, Path(scratch), threads=how.threads)
-    totals = report.totals
-    if reduced.sites is not None:
-        before = ledger(reduced.original, reduced.sites, shapes).total.flops
-        after = ledger(reduced.sliced, reduced.sites, shapes).total.flops
+    totals, rows = report.totals, report.layers
+    if reduced.sites is not None and reduced.plan is not None:
+        before = ledger(reduced.original, reduced.sites, shapes)
+        after = ledger(reduced.sliced, reduced.sites, shapes)
+        rows = _rows(reduced, before, after, shapes)
         totals = Totals.of(
-            before,
-            after,
+            before.total.flops,
+            after.total.flops,
             latency=latency,
             inserted_seconds=inserted,
             inserted_how="onnxruntime profile, sum of the median kernel times of inserted nodes",
             shapes=shapes,
         )
     report = report.model_copy(
-        update={"latency": latency, "totals": totals, "nodes": NodeCounts(**_node_counts(baseline, engine))}
+        update={"latency": latency, "layers": rows, "totals": totals, "nodes": NodeCounts(**_node_counts(baseline, engine))}
     )
     images, texts, kept = _pictures(reduced, data)
     return replace(how, report=report, images=images, texts=texts, kept=kept)

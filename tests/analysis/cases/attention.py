@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.analysis.cases.places import PLACES
 from tests.analysis.cases.reduction import EVERY
-from tests.analysis.oracle import Case, Side
+from tests.analysis.oracle import Case, Kind, Side
 
 __all__ = ["CASES"]
 
@@ -58,6 +58,7 @@ def _causal(x: Tensor) -> tuple[Tensor, ...]:
     return sdpa(heads, heads, heads, None, 0.0, True), sdpa(heads, heads, heads, None, 0.0, True, scale=0.3)
 
 
+SOME: tuple[tuple[Kind, ...], ...] = (("drop",), ("merge",), ("padded",), ("drop", "merge"))
 _MASKS = {
     "[1, N]": "1 n",
     "[N, N]": "n n",
@@ -80,15 +81,30 @@ CASES: list[Case] = [
     Case("fused attention", _attention("b h n d"), ("b h n d",), commutes=False, kinds=EVERY),
     Case("fused attention, scale", _attention("b h n d", scale=0.2), ("b h n d",), commutes=False),
     Case("fused attention [B, N, C]", _attention("b n c"), ("b n c",), commutes=False, kinds=EVERY),
-    Case("fused attention [B*H, N, D]", _attention("(b h) n d"), ("(b h) n d",), commutes=False, kinds=EVERY),
+    Case("fused attention [B*H, N, D]", _attention("(b h) n d"), ("(b h) n d",), commutes=False, kinds=EVERY, dynamic=True),
     Case("fused attention [B, 1, N, C]", _attention("b 1 n c"), ("b 1 n c",), commutes=False, kinds=EVERY),
     *(
-        Case(f"fused attention, {kind} mask {name}", _attention("b h n d"), ("b h n d",), _side(layout, kind), False, kinds=EVERY)
+        Case(
+            f"fused attention, {kind} mask {name}",
+            _attention("b h n d"),
+            ("b h n d",),
+            _side(layout, kind),
+            commutes=False,
+            kinds=EVERY if name in ("[B, 1, 1, N]", "[1, H, N, N]") else SOME,
+            dynamic=name == "[B, 1, 1, N]" and kind == "bool",
+        )
         for name, layout in _MASKS.items()
         for kind in ("bool", "additive", "float")
     ),
     *(
-        Case(f"fused attention [B*H, N, D], {kind} mask {layout}", _attention("(b h) n d"), ("(b h) n d",), _side(layout, kind), False, kinds=EVERY)
+        Case(
+            f"fused attention [B*H, N, D], {kind} mask {layout}",
+            _attention("(b h) n d"),
+            ("(b h) n d",),
+            _side(layout, kind),
+            commutes=False,
+            kinds=SOME,
+        )
         for layout in ("(b h) n n", "(b h) 1 n", "n n", "1 n n")
         for kind in ("bool", "float")
     ),
@@ -103,6 +119,7 @@ CASES: list[Case] = [
         {"memory": Side("b h 5 d")},
         commutes=False,
         kinds=EVERY,
+        dynamic=True,
     ),
     Case("pooling head", _pooling_head, ("(b h) 1 d",), {"probe": Side("1 1 d")}, commutes=False, kinds=EVERY),
     Case("causal attention", _causal, ("b h n d", "b h n d"), commutes=False, kinds=(("drop",), ("shared",))),

@@ -106,6 +106,7 @@ CASES: list[Case] = [
         _protected,
         _PROTECTED,
         kinds=(("drop",), ("shared",), ("merge",), ("padded",), ("drop", "merge"), ("merge", "drop")),
+        dynamic=True,
     ),
     Case("along channels", _channels, _CHANNELS, {"picks": Side("3", "index")}),
     Case(
@@ -113,5 +114,6 @@ CASES: list[Case] = [
         _tables,
         ("b n c", "b n c", "b n 1", "b 1 n", "b n 1", "b n 1"),
         {"table": Side("8 c"), "weight": Side("b n c")},
+        dynamic=True,
     ),
 ]

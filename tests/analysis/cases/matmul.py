@@ -122,11 +122,20 @@ CASES: list[Case] = [
         _linear,
         _LINEAR,
         {"w": Side("c c", "weight"), "v": Side("d d", "weight"), "b": Side("c"), "one": Side("1 c", "weight")},
+        dynamic=True,
     ),
     Case("token by token products", _scores, ("b n n", "b n n", "b h n n", "(b h) n n", "(b h) n n")),
     Case("attention written out", _written_out, ("b n c",), commutes=False, kinds=EVERY),
     *(
-        Case(f"attention written out, {name}", _written_out, ("b n c",), sides, commutes=False, kinds=EVERY)
+        Case(
+            f"attention written out, {name}",
+            _written_out,
+            ("b n c",),
+            sides,
+            commutes=False,
+            kinds=EVERY,
+            dynamic=name == "mask and bias",
+        )
         for name, sides in _FORMS.items()
     ),
     Case(
@@ -136,6 +145,7 @@ CASES: list[Case] = [
         {"bias": Side("(b h) n n")},
         commutes=False,
         kinds=EVERY,
+        dynamic=True,
     ),
     Case(
         "attention with batch and heads fused, shared bias",

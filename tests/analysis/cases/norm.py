@@ -48,5 +48,6 @@ CASES: list[Case] = [
             "(b n) c",
         ),
         {name: Side("c") for name in ("w", "b", "mean", "var")},
+        dynamic=True,
     ),
 ]

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from tests.analysis.cases.places import PLACES, side_layouts
-from tests.analysis.oracle import Case, Side
+from tests.analysis.cases.reduction import EVERY
+from tests.analysis.oracle import Case, Kind, Side
 
 __all__ = ["CASES"]
 
 aten = torch.ops.aten
-ALL = (("drop",), ("shared",), ("merge",), ("padded",), ("drop", "merge"), ("merge", "drop"), ("merge", "merge"))
+SOME: tuple[tuple[Kind, ...], ...] = (("drop",), ("merge",), ("drop", "merge"))
 
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": aten.gelu.default,
@@ -57,7 +58,6 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sub_reversed": lambda x, y: aten.sub.Tensor(y, x),
     "mul": aten.mul.Tensor,
     "maximum": aten.maximum.default,
-    "type_as": lambda x, y: aten.type_as.default(x, y.double()) if x.shape == y.shape else x + y,
     "where_self": lambda x, y: aten.where.self(y > 0, x, y),
     "where_other": lambda x, y: aten.where.ScalarOther(y > 0, x, -5.0),
     "where_first": lambda x, y: aten.where.ScalarSelf(y > 0, -5.0, x),
@@ -92,7 +92,7 @@ def _binary(layout: str) -> Case:
         return (*results, placed + torch.full((), 2.0), placed + placed, placed * torch.cos(placed))
 
     sides = {f"s{i}": Side(form) for i, form in enumerate(forms)}
-    return Case(f"sides at {layout}", fn, (layout,) * (len(forms) + 3), sides, kinds=ALL)
+    return Case(f"sides at {layout}", fn, (layout,) * (len(forms) + 3), sides, kinds=SOME, dynamic=layout in ("b n c", "(b h) n d"))
 
 
 def _every_op(layout: str, side: str) -> Case:
@@ -135,8 +135,7 @@ def _softmax_tokens(layout: str, sides: dict[str, Side]) -> Case:
             logits = logits.masked_fill(~side, -torch.inf) if name.startswith("mask") else logits + side
         return aten.softmax.int(logits, axis)
 
-    kinds = (*ALL, ("padded", "drop")) if layout == "b n c" else ALL
-    return Case(f"softmax over tokens at {layout} {list(sides)}", fn, (out,), sides, commutes=False, kinds=kinds)
+    return Case(f"softmax over tokens at {layout} {list(sides)}", fn, (out,), sides, commutes=False, kinds=EVERY)
 
 
 def _probability_arithmetic(x: Tensor, m: Tensor) -> Any:

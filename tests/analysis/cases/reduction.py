@@ -110,7 +110,7 @@ def _product_pooling(x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
 
 CASES: list[Case] = [
     Case("reductions over channels", _over_channels, _OVER_CHANNELS),
-    Case("mean pooling", _mean_pooling, _MEAN_POOLING, commutes=False, kinds=EVERY),
+    Case("mean pooling", _mean_pooling, _MEAN_POOLING, commutes=False, kinds=EVERY, dynamic=True),
     Case(
         "mean of the patches",
         _tail_pooling,
@@ -125,6 +125,7 @@ CASES: list[Case] = [
         {"mask": Side("b n", "count"), "flags": Side("b n", "bool")},
         commutes=False,
         kinds=EVERY,
+        dynamic=True,
     ),
     Case(
         "weighted mean",

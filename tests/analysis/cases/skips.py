@@ -28,6 +28,8 @@ def _linear_skips(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         aten.cat.default([y, around], -1),
         y * 2 + around,
         (y + x).transpose(1, 2) + x.transpose(1, 2),
+        aten.alias.default(y),
+        aten.type_as.default(y, x.double()),
     )
 
 
@@ -64,9 +66,10 @@ CASES: list[Case] = [
     Case(
         "skips",
         _linear_skips,
-        ("b n c", "b n c", "b n e", "b n c", "b c n"),
+        ("b n c", "b n c", "b n e", "b n c", "b c n", "b n c", "b n c"),
         {"weight": Side("c c", "weight")},
         kinds=(("drop",), ("shared",), ("merge",), ("padded",), ("drop", "merge"), ("merge", "drop"), ("merge", "merge")),
+        dynamic=True,
     ),
     *(_at(layout) for layout in PLACES),
     Case("prefix around", _tail, ("b c",), commutes=False, kinds=EVERY),

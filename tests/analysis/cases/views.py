@@ -165,9 +165,9 @@ def _head_and_rest(x: Tensor, cos: Tensor) -> tuple[Tensor, ...]:
 
 
 CASES: list[Case] = [
-    Case("places", _places, tuple(PLACES), kinds=(("drop",), ("shared",), ("merge",), ("padded",), ("drop", "merge"))),
+    Case("places", _places, tuple(PLACES), kinds=(("drop",), ("shared",), ("merge",), ("padded",), ("drop", "merge")), dynamic=True),
     Case("places of [N, B, C]", lambda x: _places(x.transpose(0, 1)), tuple(PLACES), layout="n b c"),
-    Case("back from fused places", _back, _BACK),
+    Case("back from fused places", _back, _BACK, dynamic=True),
     Case("views written otherwise", _written_otherwise, _WRITTEN),
     Case("expand and repeat", _expands, _EXPANDS),
     Case(
@@ -182,6 +182,7 @@ CASES: list[Case] = [
         ("b h 2 d", "b h n d", "b h n d", "b h n e", "b n c", "b n c"),
         {"cos": Side("n d")},
         kinds=(("drop",), ("shared",), ("merge",), ("merge", "drop")),
+        dynamic=True,
     ),
     *(_squeezes(layout) for layout in PLACES),
 ]

@@ -29,9 +29,11 @@ def key_bias(ctx: Context, space: TokenSpace, dtype: torch.dtype) -> Any:
     b = ctx.builder
     bias: Any = None
     if space.bias and space.weight is not None:
-        # Padding weighs 0: its log must be finite, and is masked through `valid` where padding exists.
-        bias = b.log(b.clamp_min(b.cast(space.weight, torch.float32), 1e-30 if space.valid is not None else 1e-6))
-        bias = b.cast(bias, dtype)
+        weight = b.cast(space.weight, torch.float32)
+        if space.valid is not None:
+            # Padding weighs 0: its log must be finite, it is masked below.
+            weight = b.clamp_min(weight, 1e-30)
+        bias = b.cast(b.log(weight), dtype)
     if space.valid is not None:
         bias = b.where(space.valid, 0.0 if bias is None else bias, masking_value(dtype))
         bias = b.cast(bias, dtype)

@@ -68,6 +68,8 @@ def mean(ctx: Context, x: Value, dim: Any = None, keepdim: bool = False, **kwarg
     if len(tokens) > 1 or len(dims) > 1:
         ctx.fail("a mean over the token axis together with other axes")
     ((axis, space),) = tokens
+    if len(x.axes[axis]) > 1:
+        ctx.fail("a mean over a token axis that is fused with another axis")
     scaled, share = _weighted(ctx, x, axis, space)
     b = ctx.builder
     if share is None:

@@ -36,11 +36,20 @@ def _unary(op_type: str) -> Any:
     return lower
 
 
+def _rounding(op_type: str) -> Any:
+    """Rounding; integers are what they are, and ONNX's operations do not take them."""
+
+    def lower(t: Translator, node: fx.Node, x: Any) -> Any:
+        value = t.value(x)
+        return t.op(op_type, value) if _dtype(node).is_floating_point else value
+
+    return lower
+
+
 def _binary(op_type: str) -> Any:
-    def lower(t: Translator, node: fx.Node, first: Any, second: Any, **kwargs: Any) -> Any:
+    def lower(t: Translator, node: fx.Node, first: Any, second: Any, alpha: Any = 1) -> Any:
         dtype = _dtype(node)
         right = t.value(second, dtype)
-        alpha = kwargs.get("alpha", 1)
         if alpha != 1:
             right = t.op("Mul", right, t.value(alpha, dtype))
         return t.op(op_type, t.value(first, dtype), right)
@@ -73,6 +82,14 @@ def logical_not(t: Translator, node: fx.Node, x: Any) -> Any:
     """Negation of bools."""
     del node
     return t.op("Not", t.value(x, torch.bool))
+
+
+def bitwise_not(t: Translator, node: fx.Node, x: Any) -> Any:
+    """Negation of bools, and ``-x - 1`` of integers."""
+    dtype = _dtype(node)
+    if dtype == torch.bool:
+        return logical_not(t, node, x)
+    return t.op("Sub", t.value(-1, dtype), t.value(x, dtype))
 
 
 def div_mode(t: Translator, node: fx.Node, first: Any, second: Any, *, rounding_mode: str | None = None) -> Any:
@@ -108,11 +125,13 @@ def remainder(t: Translator, node: fx.Node, first: Any, second: Any) -> Any:
     return t.op("Mod", t.value(first, dtype), t.value(second, dtype))
 
 
-def rsub(t: Translator, node: fx.Node, first: Any, second: Any, *rest: Any) -> Any:
-    """``second - first``."""
-    del rest
+def rsub(t: Translator, node: fx.Node, first: Any, second: Any, alpha: Any = 1) -> Any:
+    """``second - alpha * first``."""
     dtype = _dtype(node)
-    return t.op("Sub", t.value(second, dtype), t.value(first, dtype))
+    taken = t.value(first, dtype)
+    if alpha != 1:
+        taken = t.op("Mul", taken, t.value(alpha, dtype))
+    return t.op("Sub", t.value(second, dtype), taken)
 
 
 def cast(t: Translator, node: fx.Node, x: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -148,6 +167,11 @@ def clamp(t: Translator, node: fx.Node, x: Any, low: Any = None, high: Any = Non
     if high is not None and not (isinstance(high, float) and math.isinf(high)):
         value = t.op("Min", value, t.value(high, dtype))
     return value
+
+
+def hardtanh(t: Translator, node: fx.Node, x: Any, low: Any = -1.0, high: Any = 1.0) -> Any:
+    """Bounds, -1 and 1 where none are given."""
+    return clamp(t, node, x, low, high)
 
 
 def clamp_max(t: Translator, node: fx.Node, x: Any, high: Any) -> Any:
@@ -206,6 +230,20 @@ def _attribute(op_type: str, **names: float) -> Any:
     return lower
 
 
+def elu(t: Translator, node: fx.Node, x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Any:
+    """ELU; other scales than 1 (they are SELU's) are refused."""
+    if scale != 1 or input_scale != 1:
+        raise LoweringError("elu with a scale", node=node.name, needed="scale 1", found=f"{scale}, {input_scale}")
+    return t.op("Elu", t.value(x), alpha=float(alpha))
+
+
+def dropout(t: Translator, node: fx.Node, x: Any, p: float, train: bool) -> Any:
+    """Nothing, in evaluation."""
+    if train and p:
+        raise LoweringError("dropout in training mode", node=node.name, help="call model.eval() before exporting")
+    return t.value(x)
+
+
 def softplus(t: Translator, node: fx.Node, x: Any, *rest: Any) -> Any:
     """Softplus with the default sharpness."""
     if rest and rest[0] != 1:
@@ -213,15 +251,15 @@ def softplus(t: Translator, node: fx.Node, x: Any, *rest: Any) -> Any:
     return t.op("Softplus", t.value(x))
 
 
-def isnan(t: Translator, node: fx.Node, x: Any) -> Any:
-    """NaN test."""
-    del node
-    return t.op("IsNaN", t.value(x))
+def _test(op_type: str) -> Any:
+    """NaN and infinity tests, in fp32: IsInf takes no fp16 before opset 20, and neither takes integers."""
 
+    def lower(t: Translator, node: fx.Node, x: Any) -> Any:
+        del node
+        wide = x.meta["val"].dtype == torch.float64
+        return t.op(op_type, t.value(x, torch.float64 if wide else torch.float32))
 
-def _isinf(t: Translator, node: fx.Node, x: Any) -> Any:
-    del node
-    return t.op("IsInf", t.value(x))
+    return lower
 
 
 def expm1(t: Translator, node: fx.Node, x: Any) -> Any:
@@ -242,15 +280,13 @@ _UNARY = {
     "relu": "Relu",
     "cos": "Cos",
     "sin": "Sin",
-    "floor": "Floor",
-    "ceil": "Ceil",
-    "round": "Round",
     "sign": "Sign",
     "reciprocal": "Reciprocal",
 }
 
 LOWERINGS: dict[Any, Any] = {
     **{getattr(aten, name).default: _unary(op) for name, op in _UNARY.items()},
+    **{getattr(aten, name).default: _rounding(op) for name, op in (("floor", "Floor"), ("ceil", "Ceil"), ("round", "Round"))},
     **{getattr(aten, name).Tensor: _binary(op) for name, op in (("add", "Add"), ("sub", "Sub"), ("mul", "Mul"), ("div", "Div"))},
     **{getattr(aten, name).Scalar: _binary(op) for name, op in (("add", "Add"), ("sub", "Sub"), ("mul", "Mul"), ("div", "Div"))},
     **{
@@ -268,7 +304,8 @@ LOWERINGS: dict[Any, Any] = {
     **dict.fromkeys((aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor), _logic("And")),
     **dict.fromkeys((aten.__or__.Tensor, aten.logical_or.default, aten.bitwise_or.Tensor), _logic("Or")),
     **dict.fromkeys((aten.__xor__.Tensor, aten.logical_xor.default, aten.bitwise_xor.Tensor), _logic("Xor")),
-    **dict.fromkeys((aten.logical_not.default, aten.bitwise_not.default), logical_not),
+    aten.logical_not.default: logical_not,
+    aten.bitwise_not.default: bitwise_not,
     aten.maximum.default: _binary("Max"),
     aten.minimum.default: _binary("Min"),
     aten.div.Tensor_mode: div_mode,
@@ -288,10 +325,10 @@ LOWERINGS: dict[Any, Any] = {
             aten.alias.default,
             aten.detach.default,
             aten.lift_fresh_copy.default,
-            aten.dropout.default,
         ),
         identity,
     ),
+    aten.dropout.default: dropout,
     **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar), where),
     aten.masked_fill.Scalar: masked_fill,
     aten.masked_fill.Tensor: masked_fill,
@@ -299,7 +336,7 @@ LOWERINGS: dict[Any, Any] = {
     aten.clamp.Tensor: clamp,
     aten.clamp_min.default: clamp,
     aten.clamp_max.default: clamp_max,
-    aten.hardtanh.default: clamp,
+    aten.hardtanh.default: hardtanh,
     aten.pow.Tensor_Scalar: power,
     aten.pow.Tensor_Tensor: _binary("Pow"),
     aten.square.default: lambda t, node, x: power(t, node, x, 2),
@@ -308,10 +345,10 @@ LOWERINGS: dict[Any, Any] = {
     aten.gelu.default: gelu,
     aten.silu.default: silu,
     aten.leaky_relu.default: _attribute("LeakyRelu", alpha=0.01),
-    aten.elu.default: _attribute("Elu", alpha=1.0),
+    aten.elu.default: elu,
     aten.hardswish.default: lambda t, node, x: t.op("HardSwish", t.value(x)),
     aten.hardsigmoid.default: lambda t, node, x: t.op("HardSigmoid", t.value(x), alpha=1 / 6, beta=0.5),
     aten.softplus.default: softplus,
-    aten.isnan.default: isnan,
-    aten.isinf.default: _isinf,
+    aten.isnan.default: _test("IsNaN"),
+    aten.isinf.default: _test("IsInf"),
 }

@@ -52,6 +52,10 @@ class Recorder:
         trimmed = list(inputs)
         while trimmed and trimmed[-1] is None:
             trimmed.pop()
+        if op_type == "Unsqueeze" and trimmed[0] is not None:
+            before = trimmed[0].producer()
+            if before is not None and before.op_type == "Squeeze" and before.inputs[1:] == tuple(trimmed[1:]):
+                return before.inputs[0]
         hashable = not any(isinstance(v, ir.Graph) for v in given.values())
         key = None
         if hashable:

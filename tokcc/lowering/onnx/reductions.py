@@ -25,8 +25,11 @@ def _axes(x: Any, dim: Any) -> list[int] | None:
 def _reduce(op_type: str) -> Any:
     def lower(t: Translator, node: fx.Node, x: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
         del kwargs
+        dtype = node.meta["val"].dtype
+        if dtype == torch.bool:
+            return _bool_reduce(op_type)(t, node, x, dim, keepdim)
         axes = _axes(x, dim)
-        value = t.value(x, node.meta["val"].dtype)
+        value = t.value(x, dtype)
         return t.op(op_type, value, None if axes is None else t.op.ints(axes), keepdims=int(keepdim))
 
     return lower
@@ -36,8 +39,8 @@ def _arg(op_type: str) -> Any:
     def lower(t: Translator, node: fx.Node, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
         value = t.value(x)
         if dim is None:
-            flat = t.op("Reshape", value, t.op.ints([-1]))
-            return t.op(op_type, flat, axis=0, keepdims=0)
+            flat = t.op(op_type, t.op("Reshape", value, t.op.ints([-1])), axis=0, keepdims=0)
+            return t.op("Reshape", flat, t.op.ints([1] * node.meta["val"].ndim)) if keepdim else flat
         return t.op(op_type, value, axis=dim % x.meta["val"].ndim, keepdims=int(keepdim))
 
     return lower

@@ -78,8 +78,10 @@ def merge_tokens(t: Translator, node: fx.Node, x: Any, weight: Any, keep: Any, s
     dtype = x.meta["val"].dtype
     value, keep_v, slot_v = t.value(x), t.value(keep), t.value(slot)
     slots = keep.meta["val"].shape[1]
-    base = _rows(t, value, keep_v)  # [B, K, C]
-    moved = _rows(t, value, t.value(source))  # [B, R, C]
+    kept_rows = t.op("Unsqueeze", keep_v, t.op.ints([2]))
+    source_rows = t.op("Unsqueeze", t.value(source), t.op.ints([2]))
+    base = t.op("GatherND", value, kept_rows, batch_dims=1)  # [B, K, C]
+    moved = t.op("GatherND", value, source_rows, batch_dims=1)  # [B, R, C]
     if isinstance(slots, int):
         places = t.op.constant(np.arange(slots)[:, None], _INT)  # [K, 1]
     else:
@@ -89,23 +91,18 @@ def merge_tokens(t: Translator, node: fx.Node, x: Any, weight: Any, keep: Any, s
     hot = t.op("Equal", t.op("Unsqueeze", slot_v, t.op.ints([1])), places)  # [B, K, R]
     hot = t.op("Cast", hot, to=int(ir_dtype(dtype)))
     if weight is None:
-        joined = t.op("ReduceSum", hot, t.op.ints([2]), keepdims=1)  # [B, K, 1]
-        total = t.op("Add", joined, t.value(1.0, dtype))
-        own_share = t.op("Div", t.value(1.0, dtype), total)
+        own = t.value(1.0, dtype)
+        total = t.op("Add", t.op("ReduceSum", hot, t.op.ints([2]), keepdims=1), own)  # [B, K, 1]
+        divisor = total
     else:
-        weights = t.value(weight, dtype)
-        mass = t.op("GatherElements", weights, t.value(source), axis=1)  # [B, R]
-        hot = t.op("Mul", hot, t.op("Unsqueeze", mass, t.op.ints([1])))
-        joined = t.op("ReduceSum", hot, t.op.ints([2]), keepdims=1)
-        own = t.op("Unsqueeze", t.op("GatherElements", weights, keep_v, axis=1), t.op.ints([2]))  # [B, K, 1]
-        total = t.op("Add", joined, own)
-        tiny = t.value(float(torch.finfo(dtype).tiny), dtype)
-        own_share = t.op("Div", own, t.op("Max", total, tiny))
-    if weight is None:
-        share = t.op("Mul", hot, own_share)
-    else:
-        share = t.op("Div", hot, t.op("Max", total, tiny))
-    merged = t.op("Add", t.op("Mul", base, own_share), t.op("MatMul", share, moved))
+        weights = t.op("Unsqueeze", t.value(weight, dtype), t.op.ints([2]))  # [B, N, 1]
+        own = t.op("GatherND", weights, kept_rows, batch_dims=1)  # [B, K, 1]
+        mass = t.op("GatherND", weights, source_rows, batch_dims=1)  # [B, R, 1]
+        total = t.op("Add", own, t.op("MatMul", hot, mass))
+        moved = t.op("Mul", moved, mass)
+        divisor = t.op("Max", total, t.value(float(torch.finfo(dtype).tiny), dtype))
+    joined = t.op("MatMul", t.op("Div", hot, divisor), moved)  # [B, K, C]
+    merged = t.op("Add", t.op("Mul", base, t.op("Div", own, divisor)), joined)
     return merged, t.op("Squeeze", total, t.op.ints([2]))
 
 
