@@ -23,8 +23,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	touch $@
 
 demo: $(READY) ## compile a real image encoder and show what it saves and costs
-	$(PYTHON) examples/image_encoder.py --out demo/model.pt
-	$(PYTHON) -m tokcc compile demo/model.pt --policy tome -o demo/tome --force
+	$(PYTHON) examples/demo.py
 
 test: $(READY) ## the fast tests (ARGS="-k name" passes on)
 	$(PYTHON) -m pytest -n $(JOBS) $(ARGS)

@@ -191,5 +191,3 @@ class Cut:
             tail = b.add(b.arange(self.last, self.x), b.sub_sizes(self.tokens, self.last))
             parts.append(self.per_sample(tail))
         return b.cat(parts, 1)
-
-

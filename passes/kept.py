@@ -57,7 +57,9 @@ def kept_stages(
         root = walk.ctx.index_between(walk.tokens, space)
         root = root.expand(batch, -1) if root.ndim == 1 else root
         kept = torch.zeros(batch, tokens, dtype=torch.bool)
-        kept = kept.scatter(1, root, space.valid if space.valid is not None else torch.ones_like(root, dtype=torch.bool))
+        kept = kept.scatter(
+            1, root, space.valid if space.valid is not None else torch.ones_like(root, dtype=torch.bool)
+        )
         yield reduction.layer, reduction.name, kept.numpy(), assign.numpy() if merged else None
 
 

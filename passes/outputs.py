@@ -69,14 +69,20 @@ def _restore_point(program: Program, plan: Plan, contracts: Sequence[Any]) -> st
     if any(sites.order[r.cut] >= sites.order[last] for r in plan.reductions):
         return None
     for value, contract in zip(program.output_values, contracts, strict=True):
-        carries = isinstance(value, fx.Node) and sites.has_tokens(value.name) and sites.order[value.name] >= sites.order[last]
+        carries = (
+            isinstance(value, fx.Node) and sites.has_tokens(value.name) and sites.order[value.name] >= sites.order[last]
+        )
         if carries and contract == "full":
-            others = [c for v, c in zip(program.output_values, contracts, strict=True) if v is not value and c == "reduced"]
+            others = [
+                c for v, c in zip(program.output_values, contracts, strict=True) if v is not value and c == "reduced"
+            ]
             return None if others else last
     return None
 
 
-def contract_outputs(walk: Walk, program: Program, plan: Plan, outputs: OutputPlan, values: Sequence[Any]) -> OutputPlan:
+def contract_outputs(
+    walk: Walk, program: Program, plan: Plan, outputs: OutputPlan, values: Sequence[Any]
+) -> OutputPlan:
     """Apply the contracts to the walk's outputs."""
     del program, plan
     result: list[Any] = []

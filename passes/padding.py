@@ -19,6 +19,9 @@ aten = torch.ops.aten
 MASKED_BELOW = -1e3
 """An additive mask entry below this forbids a key; a position bias is never that small."""
 
+_WHERES = {aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther}
+_BESIDE_SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._to_copy.default, aten.clone.default}
+
 
 def depends_on_input(node: fx.Node, user_inputs: set[fx.Node]) -> bool:
     """Return True when a node is computed from a tensor that the caller feeds (sizes do not count)."""
@@ -38,25 +41,23 @@ def depends_on_input(node: fx.Node, user_inputs: set[fx.Node]) -> bool:
 def mask_operand(walk: Walk, sites: Sites, layer: int) -> fx.Node | None:
     """Return the node of the mask that a layer's attention adds or applies, or None."""
     site = sites.layers[layer].attention
-    node: Any
+    nodes: dict[str, fx.Node] = walk.nodes
     if site.mask is not None:
-        return walk.nodes[site.mask]
+        return nodes[site.mask]
     if site.probs is None:
         return None
-    node: Any = walk.nodes[site.probs]
+    node = nodes[site.probs]
     for _ in range(8):
-        if node.target in (aten.softmax.int, aten._softmax.default, aten._to_copy.default, aten.clone.default):
-            node = node.args[0]
+        if node.target in _WHERES:
+            following = node.args[0]
         elif node.target is aten.add.Tensor:
-            sides = [a for a in node.args[:2] if isinstance(a, fx.Node)]
-            masks = [a for a in sides if not _has_product(a)]
-            return masks[0] if masks else None
-        elif node.target in (aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther):
-            return node.args[0]
-        elif node.target is aten.masked_fill.Scalar:
-            return None
+            following = next((a for a in node.args[:2] if isinstance(a, fx.Node) and not _has_product(a)), None)
+        elif node.target in _BESIDE_SOFTMAX and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+            continue
         else:
             return None
+        return following if isinstance(following, fx.Node) else None
     return None
 
 

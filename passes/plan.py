@@ -113,7 +113,7 @@ def _plan_step(
         if count.nothing and getattr(select, "duplicates", 0) == 0:
             continue
         cut = _cut(policy, number, step, sites, layer)
-        count = _clamped(count, sites, first, last, layer, where, warnings)  # noqa: PLW2901 - clamped
+        count = _clamped(count, sites, first, last, layer, where, warnings)
         result.append(
             PlannedReduction(
                 step=number,
@@ -216,9 +216,7 @@ def _cut(policy: LoadedPolicy, number: int, step: Step, sites: Sites, layer: int
     return name
 
 
-def _clamped(
-    count: Count, sites: Sites, first: int, last: int, layer: int, where: str, warnings: list[str]
-) -> Count:
+def _clamped(count: Count, sites: Sites, first: int, last: int, layer: int, where: str, warnings: list[str]) -> Count:
     """Warn about budgets that exceed what a layer can give; the arithmetic itself clamps."""
     tokens = sites.tokens
     if isinstance(tokens, int) and count.kind == "remove" and count.amount > (tokens - first - last) // 2:

@@ -40,7 +40,9 @@ class _RestoreStream:
             return walk.restored(value)
 
 
-def reduce_walk(program: Program, plan: Plan, builder: Builder, inputs: dict[str, Any] | None = None) -> tuple[Walk, Any]:
+def reduce_walk(
+    program: Program, plan: Plan, builder: Builder, inputs: dict[str, Any] | None = None
+) -> tuple[Walk, Any]:
     """Walk a program with the plan's reductions, on a graph or eagerly.
 
     Returns:
@@ -94,12 +96,16 @@ def finish(program: Program, builder: GraphBuilder, outputs: OutputPlan) -> Prog
     for constant in builder.constant_nodes:
         if first_user is not None:
             first_user.prepend(constant)
-        specs.append(InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(name=constant.name), str(constant.target), None))
+        specs.append(
+            InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(name=constant.name), str(constant.target), None)
+        )
     out_specs: list[ExportOutputSpec] = []
     for i, handle in enumerate(handles):
         known = program.signature.output_specs[i] if i < len(program.signature.output_specs) else None
         kind = known.kind if known is not None else OutputKind.USER_OUTPUT
-        argument: Any = TensorArgument(name=handle.name) if isinstance(handle, fx.Node) else ConstantArgument("", handle)
+        argument: Any = (
+            TensorArgument(name=handle.name) if isinstance(handle, fx.Node) else ConstantArgument("", handle)
+        )
         out_specs.append(ExportOutputSpec(kind, argument, known.target if known is not None else None))
     remove_dead(graph)
     signature = ExportGraphSignature(input_specs=[*specs, *users], output_specs=out_specs)
@@ -112,5 +118,3 @@ def finish(program: Program, builder: GraphBuilder, outputs: OutputPlan) -> Prog
         symbols={**program.symbols, **builder.definitions},
     )
     return result.refreshed()
-
-

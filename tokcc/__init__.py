@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tokcc.backends.bundle import Bundle
     from tokcc.config import Policy
     from tokcc.errors import TokccError
-    from tokcc.pipeline import compile, inspect, reduce  # noqa: A004 - the public name of the main job
+    from tokcc.pipeline import compile, inspect, reduce
 
 __version__ = "0.1.0"
 

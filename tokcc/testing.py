@@ -52,7 +52,9 @@ def run_program(program: Program, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         return list(pytree.tree_leaves(program.to_exported().module(check_guards=False)(**inputs)))
 
 
-def run_eager(program: Program, policy: str | Path | Mapping[str, Any], inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], Plan]:
+def run_eager(
+    program: Program, policy: str | Path | Mapping[str, Any], inputs: Mapping[str, Tensor]
+) -> tuple[list[Tensor], Plan]:
     """Run the same reductions eagerly, without building a graph: the rules' own reference.
 
     Returns:

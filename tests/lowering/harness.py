@@ -26,7 +26,7 @@ from tokcc.ir.program import Program
 from tokcc.passes.outputs import OutputPlan
 from tokcc.passes.propagate import finish
 
-__all__ = ["Case", "Input", "check", "program_of", "run_model"]
+__all__ = ["Case", "Input", "check", "program_of", "session_of"]
 
 TRACED = {"B": 3, "N": 6, "M": 5}
 BINDINGS: tuple[Mapping[str, int], ...] = (TRACED, {"B": 1, "N": 4, "M": 7}, {"B": 2, "N": 9, "M": 4})
@@ -127,16 +127,20 @@ def _tuple(result: Any) -> tuple[Any, ...]:
     return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
-def run_model(model: ir.Model, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Check a model with onnx's own checker and run it."""
+def session_of(model: ir.Model) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """Check a model with onnx's own checker and load it; returns a function of its inputs, in order."""
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    feeds = {spec.name: x.numpy() for spec, x in zip(session.get_inputs(), inputs, strict=True)}
-    return [torch.from_numpy(np.array(y)) for y in session.run(None, feeds)]
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        feeds = {spec.name: x.numpy() for spec, x in zip(session.get_inputs(), inputs, strict=True)}
+        return [torch.from_numpy(np.array(y)) for y in session.run(None, feeds)]
+
+    return run
 
 
 def check(case: Case, *, dtype: torch.dtype = torch.float32, dynamic: bool = False) -> set[Any]:
@@ -147,13 +151,13 @@ def check(case: Case, *, dtype: torch.dtype = torch.float32, dynamic: bool = Fal
     """
     program = program_of(case, dtype=dtype, dynamic=dynamic)
     targets = {node.target for node in program.graph.nodes if isinstance(node, fx.Node) and node.op == "call_function"}
-    model = build_onnx(program, opset=case.opset)
+    run = session_of(build_onnx(program, opset=case.opset))
     eager: Builder = EagerBuilder()
     for seed, sizes in enumerate(BINDINGS if dynamic else (TRACED,)):
         inputs = [i.make(sizes, torch.Generator().manual_seed(seed + 10 * n), dtype) for n, i in enumerate(case.inputs)]
         with torch.no_grad():
             expected = _tuple(case.body(eager, *inputs))
-        for got, want in zip(run_model(model, inputs), expected, strict=True):
+        for got, want in zip(run(inputs), expected, strict=True):
             assert got.dtype == want.dtype, (case.name, got.dtype, want.dtype)
             assert got.shape == want.shape, (case.name, got.shape, want.shape)
             loose = 5e-3 if dtype == torch.float16 else 2e-5

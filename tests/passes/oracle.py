@@ -145,7 +145,13 @@ def _restored(full: Tensor, places: list[list[int]], cut: Cut, x: Tensor) -> lis
 
 @torch.no_grad()
 def reference(
-    model: Model, feeds: Feeds, method: Method | None, *, layers: Sequence[int] = (), prop_attn: bool = True, at_end: bool = False
+    model: Model,
+    feeds: Feeds,
+    method: Method | None,
+    *,
+    layers: Sequence[int] = (),
+    prop_attn: bool = True,
+    at_end: bool = False,
 ) -> Result:
     """Run one sample without padding.
 
@@ -221,9 +227,9 @@ def top(scores: Sequence[float], among: Sequence[int], count: int) -> list[int]:
 def share_of(n: int, share: str | float, rounding: str = "ceil") -> int:
     """Return a share of ``n``, computed with decimals as they are written."""
     exact = Fraction(str(share)) * n
-    return {"ceil": math.ceil, "floor": math.floor, "round": lambda value: math.floor(value + Fraction(1, 2))}[rounding](
-        exact
-    )
+    return {"ceil": math.ceil, "floor": math.floor, "round": lambda value: math.floor(value + Fraction(1, 2))}[
+        rounding
+    ](exact)
 
 
 def received(scene: Scene, *, diagonal: bool = True) -> list[float]:

@@ -41,7 +41,9 @@ def load_reference(path: Path) -> list[tuple[Feeds, dict[str, torch.Tensor]]]:
     """Return (inputs, outputs) pairs."""
     if not path.is_file():
         raise UsageError(
-            "the bundle holds no reference to verify with", needed="reference.npz", help="compile it again with the onnx backend"
+            "the bundle holds no reference to verify with",
+            needed="reference.npz",
+            help="compile it again with the onnx backend",
         )
     pairs: dict[int, tuple[Feeds, dict[str, torch.Tensor]]] = {}
     with np.load(path, allow_pickle=False) as stored:

@@ -313,7 +313,13 @@ class GraphBuilder(Builder):
             if key is not None and key in self._cse:
                 return self._cse[key]
         own = self.scope if self._label is None else None
-        name = like.name if like is not None else own.name if own is not None and own.target is target else self._name(target)
+        name = (
+            like.name
+            if like is not None
+            else own.name
+            if own is not None and own.target is target
+            else self._name(target)
+        )
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         source = like or self.scope
         if source is not None:
@@ -435,7 +441,10 @@ def _compound(size: Any) -> bool:
     if isinstance(size, int):
         return False
     expression = size.node.expr
-    if any(type(part).__name__ in ("FloorDiv", "CleanDiv", "Min", "Max", "Mod") for part in sympy.preorder_traversal(expression)):
+    if any(
+        type(part).__name__ in ("FloorDiv", "CleanDiv", "Min", "Max", "Mod")
+        for part in sympy.preorder_traversal(expression)
+    ):
         return True
     return isinstance(expression, sympy.Add) and len(expression.free_symbols) > 1
 

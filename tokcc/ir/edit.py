@@ -31,7 +31,9 @@ def evaluate(node: fx.Node, mode: FakeTensorMode) -> None:
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]  # call_function targets are callable
 
 
-def insert_call(graph: fx.Graph, before: fx.Node, mode: FakeTensorMode, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+def insert_call(
+    graph: fx.Graph, before: fx.Node, mode: FakeTensorMode, target: Any, *args: Any, **kwargs: Any
+) -> fx.Node:
     """Insert a call before a node and evaluate its fake; the module path is taken over from that node."""
     with graph.inserting_before(before):
         node = graph.call_function(target, args, kwargs)

@@ -25,7 +25,6 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.export.graph_signature import OutputSpec as ExportOutputSpec
-
 from torch.utils import _pytree as pytree
 
 from tokcc.errors import VerifyError

@@ -1,7 +1,7 @@
 """The compiler, from a model to a bundle. Each step takes the program and returns it, and is verified."""
 
 from tokcc.pipeline.bundles import Measured, bench, calibrate, rebuild_report, verify
-from tokcc.pipeline.compiling import DryRun, compile, reduce  # noqa: A004 - the public name of the main job
+from tokcc.pipeline.compiling import DryRun, compile, reduce
 from tokcc.pipeline.inspection import Inspection, inspect
 
 __all__ = [

@@ -192,7 +192,11 @@ def calibrate(
     with stages.stage("measure fidelity", len(loaded.feeds)) as advance:
         for feed, labels in loaded.batches():
             meter.update(
-                one.run(feed), two.run(feed), labels=labels, tokens=feed.get("input_ids"), mask=feed.get("attention_mask")
+                one.run(feed),
+                two.run(feed),
+                labels=labels,
+                tokens=feed.get("input_ids"),
+                mask=feed.get("attention_mask"),
             )
             advance(1)
     feeds = dict(next(iter(loaded.batches()))[0])

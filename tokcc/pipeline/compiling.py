@@ -13,7 +13,7 @@ import yaml
 from torch.export import ExportedProgram
 
 import tokcc
-from tokcc.backends.bundle import BackendEntry, Bundle, BundleWriter, Manifest, TensorContract
+from tokcc.backends.bundle import BackendEntry, BundleWriter, Manifest, TensorContract
 from tokcc.backends.feeds import Feeds, example_feeds, make_feeds
 from tokcc.backends.onnx import build_onnx, save_onnx
 from tokcc.backends.ort import Session
@@ -51,7 +51,7 @@ class DryRun:
         return self.plan
 
 
-def compile(  # noqa: A001 - the public name of the main job
+def compile(
     model: Any,
     policy: str | Path | Mapping[str, Any] | Policy,
     *,
@@ -117,7 +117,9 @@ def compile(  # noqa: A001 - the public name of the main job
     wanted = parse_gates(gates or ())
     chosen = load_policy(policy, presets=library())
     if dry_run:
-        return _dry_run(model, chosen, stages, example_inputs, dynamic_shapes, inputs, dynamic, task, dtype, allow_pickle)
+        return _dry_run(
+            model, chosen, stages, example_inputs, dynamic_shapes, inputs, dynamic, task, dtype, allow_pickle
+        )
     if output is None:
         raise UsageError("no output folder is given", help='for instance `output="out/"`')
     with BundleWriter(output, force=force) as writer:
@@ -142,7 +144,9 @@ def compile(  # noqa: A001 - the public name of the main job
         if engine is not None:
             baseline = _baseline(writer, reduced, opset, stages, keep_baseline, needed=calibrate)
             if calibrate and baseline is not None:
-                measurement = measure_engine(report, reduced, loaded, engine, baseline, feeds, calibration, measurement, stages)
+                measurement = measure_engine(
+                    report, reduced, loaded, engine, baseline, feeds, calibration, measurement, stages
+                )
                 report = measurement.report or report
             if baseline is not None and not keep_baseline:
                 baseline.unlink(missing_ok=True)
@@ -218,7 +222,11 @@ def _dry_run(model: Any, policy: LoadedPolicy, stages: Stages, *arguments: Any) 
     reduced = reduce_program(program, policy, stages)
     feeds = example_feeds(program, loaded.example_args, loaded.example_kwargs)
     report = facts(loaded, policy, reduced, {}, [feeds], stages, threads=0)
-    layers = [row.model_dump(include={"layer", "site", "step", "tokens_in", "tokens_out"}) for row in report.layers if row.step]
+    layers = [
+        row.model_dump(include={"layer", "site", "step", "tokens_in", "tokens_out"})
+        for row in report.layers
+        if row.step
+    ]
     return DryRun(
         {
             "policy": report.policy.name,
@@ -266,7 +274,9 @@ def _emit(
                 checks["pt2"] = save_pt2(reduced.sliced, writer.path / "model.pt2", reference, names, feeds, tolerance)
                 refuse_difference("pt2", checks["pt2"])
     except OSError as error:
-        raise OutputError("the bundle cannot be written", found=str(error), help="check free space and permissions") from error
+        raise OutputError(
+            "the bundle cannot be written", found=str(error), help="check free space and permissions"
+        ) from error
     return engine, checks
 
 
@@ -290,7 +300,13 @@ def _baseline(
 
 
 def _manifest(
-    loaded: Loaded, policy: LoadedPolicy, reduced: Reduced, report: Report, backends: Sequence[str], opset: int, example: Feeds
+    loaded: Loaded,
+    policy: LoadedPolicy,
+    reduced: Reduced,
+    report: Report,
+    backends: Sequence[str],
+    opset: int,
+    example: Feeds,
 ) -> Manifest:
     entries: dict[str, BackendEntry] = {}
     if "onnx" in backends:
@@ -312,5 +328,3 @@ def _manifest(
         backends=entries,
         versions={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "numpy")},
     )
-
-

@@ -294,7 +294,12 @@ def measure_engine(
             shapes=shapes,
         )
     report = report.model_copy(
-        update={"latency": latency, "layers": rows, "totals": totals, "nodes": NodeCounts(**_node_counts(baseline, engine))}
+        update={
+            "latency": latency,
+            "layers": rows,
+            "totals": totals,
+            "nodes": NodeCounts(**_node_counts(baseline, engine)),
+        }
     )
     images, texts, kept = _pictures(reduced, data)
     return replace(how, report=report, images=images, texts=texts, kept=kept)
@@ -317,7 +322,7 @@ def _node_counts(baseline: Path, engine: Path) -> dict[str, Any]:
 def _with_fidelity(
     report: Report, reduced: Reduced, data: CalibrationData, one: Session, two: Session, stages: Stages
 ) -> Report:
-    contracts = {name: "full" for name in reduced.original.output_names}
+    contracts = dict.fromkeys(reduced.original.output_names, "full")
     if reduced.plan is not None:
         wanted = reduced.plan.outputs
         for name in contracts:

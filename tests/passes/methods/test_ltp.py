@@ -10,7 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.passes.oracle import Cut, Feeds, Method, Model, Result, Scene, compare, drop, inputs_of, policy, program_of, received, reference, top
+from tests.passes.oracle import (
+    Cut,
+    Feeds,
+    Method,
+    Model,
+    Result,
+    Scene,
+    compare,
+    drop,
+    inputs_of,
+    policy,
+    program_of,
+    received,
+    reference,
+    top,
+)
 from tests.passes.reference_models import HEADS, WIDTH, Block, Text, patches, sentences, text, vision
 from tokcc.testing import reduce_program, run_program
 

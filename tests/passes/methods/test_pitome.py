@@ -10,7 +10,20 @@ import pytest
 import torch
 from torch.export import Dim
 
-from tests.passes.oracle import Cut, Feeds, Method, Model, Result, Scene, compare, cosine, merge, policy, reference, share_of
+from tests.passes.oracle import (
+    Cut,
+    Feeds,
+    Method,
+    Model,
+    Result,
+    Scene,
+    compare,
+    cosine,
+    merge,
+    policy,
+    reference,
+    share_of,
+)
 from tests.passes.reference_models import audio, frames, patches, sentences, text, vision
 from tokcc.testing import run_eager, trace
 

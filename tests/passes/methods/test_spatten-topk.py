@@ -6,7 +6,20 @@ import math
 from fractions import Fraction
 from typing import Any
 
-from tests.passes.oracle import Cut, Feeds, Method, Model, Result, Scene, compare, drop, received, reference, share_of, top
+from tests.passes.oracle import (
+    Cut,
+    Feeds,
+    Method,
+    Model,
+    Result,
+    Scene,
+    compare,
+    drop,
+    received,
+    reference,
+    share_of,
+    top,
+)
 from tests.passes.reference_models import audio, frames, sentences, text
 
 

@@ -7,7 +7,21 @@ from typing import Any
 import pytest
 import torch
 
-from tests.passes.oracle import Cut, Feeds, Method, Model, Result, Scene, compare, cosine, drop, program_of, reference, share_of, top
+from tests.passes.oracle import (
+    Cut,
+    Feeds,
+    Method,
+    Model,
+    Result,
+    Scene,
+    compare,
+    cosine,
+    drop,
+    program_of,
+    reference,
+    share_of,
+    top,
+)
 from tests.passes.reference_models import patches, sentences, text, vision
 from tokcc.config import load_policy
 from tokcc.ir.builder import EagerBuilder

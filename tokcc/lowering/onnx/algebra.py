@@ -38,7 +38,9 @@ def matmul(t: Translator, node: fx.Node, first: Any, second: Any) -> Any:
     return t.op("MatMul", t.value(first), t.value(second))
 
 
-def addmm(t: Translator, node: fx.Node, bias: Any, first: Any, second: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+def addmm(
+    t: Translator, node: fx.Node, bias: Any, first: Any, second: Any, *, beta: float = 1, alpha: float = 1
+) -> Any:
     """``beta * bias + alpha * first @ second``."""
     dtype = node.meta["val"].dtype
     product = t.op("MatMul", t.value(first), t.value(second))
@@ -53,7 +55,14 @@ def addmm(t: Translator, node: fx.Node, bias: Any, first: Any, second: Any, *, b
 
 
 def layer_norm(
-    t: Translator, node: fx.Node, x: Any, shape: Sequence[Any], weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
+    t: Translator,
+    node: fx.Node,
+    x: Any,
+    shape: Sequence[Any],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *rest: Any,
 ) -> Any:
     """Layer norm over the last axes."""
     del rest
@@ -63,11 +72,18 @@ def layer_norm(
     else:
         scale = t.value(weight)
     return t.op(
-        "LayerNormalization", t.value(x), scale, None if bias is None else t.value(bias), axis=-len(shape), epsilon=float(eps)
+        "LayerNormalization",
+        t.value(x),
+        scale,
+        None if bias is None else t.value(bias),
+        axis=-len(shape),
+        epsilon=float(eps),
     )
 
 
-def rms_norm(t: Translator, node: fx.Node, x: Any, shape: Sequence[Any], weight: Any = None, eps: float | None = None) -> Any:
+def rms_norm(
+    t: Translator, node: fx.Node, x: Any, shape: Sequence[Any], weight: Any = None, eps: float | None = None
+) -> Any:
     """RMS norm, written out (its operation needs opset 23)."""
     dtype = node.meta["val"].dtype
     small = torch.finfo(dtype).eps if eps is None else eps
@@ -79,7 +95,17 @@ def rms_norm(t: Translator, node: fx.Node, x: Any, shape: Sequence[Any], weight:
 
 
 def batch_norm(
-    t: Translator, node: fx.Node, x: Any, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, momentum: float, eps: float, *rest: Any
+    t: Translator,
+    node: fx.Node,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *rest: Any,
 ) -> Any:
     """Batch norm in evaluation."""
     del rest, momentum
@@ -94,7 +120,16 @@ def batch_norm(
     return t.op("BatchNormalization", t.value(x), scale, shift, t.value(mean), t.value(variance), epsilon=float(eps))
 
 
-def group_norm(t: Translator, node: fx.Node, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any) -> Any:
+def group_norm(
+    t: Translator,
+    node: fx.Node,
+    x: Any,
+    groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *rest: Any,
+) -> Any:
     """Group norm through instance norm."""
     del rest
     dtype = node.meta["val"].dtype
@@ -123,7 +158,15 @@ def log_softmax(t: Translator, node: fx.Node, x: Any, dim: int, *rest: Any, **kw
 
 
 def conv(
-    t: Translator, node: fx.Node, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    t: Translator,
+    node: fx.Node,
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Any:
     """Convolution over one, two or three axes."""
     dims = weight.meta["val"].ndim - 2
@@ -144,7 +187,17 @@ def conv(
 
 
 def convolution(
-    t: Translator, node: fx.Node, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, output_padding: Any, groups: int
+    t: Translator,
+    node: fx.Node,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
 ) -> Any:
     """The general convolution."""
     del output_padding
@@ -158,19 +211,37 @@ def _each(value: Any, dims: int) -> list[int]:
     return values * dims if len(values) == 1 else values
 
 
-def pool2d(kind: str) -> Any:
-    """Average or max pooling."""
+def _pool(t: Translator, kind: str, x: Any, kernel: Any, stride: Any, padding: Any, **attributes: Any) -> Any:
+    dims = 1 if x.meta["val"].ndim == 3 else 2
+    pads, size = _each(padding, dims), _each(kernel, dims)
+    steps = _each(stride, dims) if stride else size
+    return t.op(kind, t.value(x), kernel_shape=size, strides=steps, pads=[*pads, *pads], **attributes)
 
-    def lower(t: Translator, node: fx.Node, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, *rest: Any) -> Any:
-        del node, rest
-        dims = 1 if x.meta["val"].ndim == 3 else 2
-        pads = _each(padding, dims)
-        size = _each(kernel, dims)
-        steps = _each(stride, dims) if stride else size
-        extra = {"count_include_pad": 1} if kind == "AveragePool" else {}
-        return t.op(kind, t.value(x), kernel_shape=size, strides=steps, pads=[*pads, *pads], **extra)
 
-    return lower
+def average_pool(
+    t: Translator,
+    node: fx.Node,
+    x: Any,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    ceil: bool = False,
+    include_pad: bool = True,
+    divisor: Any = None,
+) -> Any:
+    """Average pooling."""
+    if ceil or divisor is not None:
+        raise LoweringError("average pooling with ceil_mode or a divisor of its own", node=node.name)
+    return _pool(t, "AveragePool", x, kernel, stride, padding, count_include_pad=int(include_pad))
+
+
+def max_pool(
+    t: Translator, node: fx.Node, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil: bool = False
+) -> Any:
+    """Max pooling."""
+    if ceil:
+        raise LoweringError("max pooling with ceil_mode", node=node.name)
+    return _pool(t, "MaxPool", x, kernel, stride, padding, dilations=_each(dilation, 1 if x.meta["val"].ndim == 3 else 2))
 
 
 def adaptive_average(t: Translator, node: fx.Node, x: Any, size: Any) -> Any:
@@ -249,8 +320,8 @@ def attention(
 
 def _causal(t: Translator, query: Any, key: Any, dtype: torch.dtype) -> Any:
     zero, one = (t.op.constant(i, ir_dtype(torch.int64)) for i in (0, 1))
-    rows = t.op("Range", zero, t.op("Squeeze", t.op("Shape", t.value(query), start=2, end=3)), one)
-    columns = t.op("Range", zero, t.op("Squeeze", t.op("Shape", t.value(key), start=2, end=3)), one)
+    rows = t.op("Range", zero, t.op("Squeeze", t.op("Shape", t.value(query), start=-2, end=-1)), one)
+    columns = t.op("Range", zero, t.op("Squeeze", t.op("Shape", t.value(key), start=-2, end=-1)), one)
     seen = t.op("LessOrEqual", t.op("Unsqueeze", columns, t.op.ints([0])), t.op("Unsqueeze", rows, t.op.ints([1])))
     return t.op("Where", seen, t.value(0.0, dtype), t.value(float(torch.finfo(dtype).min), dtype))
 
@@ -285,9 +356,9 @@ LOWERINGS: dict[Any, Any] = {
     aten.conv1d.padding: conv,
     aten.conv2d.padding: conv,
     aten.convolution.default: convolution,
-    aten.avg_pool1d.default: pool2d("AveragePool"),
-    aten.avg_pool2d.default: pool2d("AveragePool"),
-    aten.max_pool2d.default: pool2d("MaxPool"),
+    aten.avg_pool1d.default: average_pool,
+    aten.avg_pool2d.default: average_pool,
+    aten.max_pool2d.default: max_pool,
     aten.adaptive_avg_pool1d.default: adaptive_average,
     aten.adaptive_avg_pool2d.default: adaptive_average,
     aten.scaled_dot_product_attention.default: attention,

@@ -286,9 +286,18 @@ _UNARY = {
 
 LOWERINGS: dict[Any, Any] = {
     **{getattr(aten, name).default: _unary(op) for name, op in _UNARY.items()},
-    **{getattr(aten, name).default: _rounding(op) for name, op in (("floor", "Floor"), ("ceil", "Ceil"), ("round", "Round"))},
-    **{getattr(aten, name).Tensor: _binary(op) for name, op in (("add", "Add"), ("sub", "Sub"), ("mul", "Mul"), ("div", "Div"))},
-    **{getattr(aten, name).Scalar: _binary(op) for name, op in (("add", "Add"), ("sub", "Sub"), ("mul", "Mul"), ("div", "Div"))},
+    **{
+        getattr(aten, name).default: _rounding(op)
+        for name, op in (("floor", "Floor"), ("ceil", "Ceil"), ("round", "Round"))
+    },
+    **{
+        getattr(aten, name).Tensor: _binary(op)
+        for name, op in (("add", "Add"), ("sub", "Sub"), ("mul", "Mul"), ("div", "Div"))
+    },
+    **{
+        getattr(aten, name).Scalar: _binary(op)
+        for name, op in (("add", "Add"), ("sub", "Sub"), ("mul", "Mul"), ("div", "Div"))
+    },
     **{
         getattr(getattr(aten, name), overload): _compare(*form)
         for name, form in {

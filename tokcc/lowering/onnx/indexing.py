@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from tokcc.errors import LoweringError
+from tokcc.ir.builder import same_size
 from tokcc.lowering.onnx.translate import Translator, ir_dtype
 
 __all__ = ["LOWERINGS"]
@@ -27,7 +28,9 @@ def select(t: Translator, node: fx.Node, x: Any, dim: int, index: Any) -> Any:
     return t.op("Gather", t.value(x), t.value(index, torch.int64), axis=dim % _rank(x))
 
 
-def slice_(t: Translator, node: fx.Node, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+def slice_(
+    t: Translator, node: fx.Node, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Any:
     """A range of an axis."""
     del node
     first: Any = 0 if start is None else start
@@ -107,20 +110,31 @@ def flip(t: Translator, node: fx.Node, x: Any, dims: Sequence[int]) -> Any:
     axes = [d % _rank(x) for d in dims]
     count = len(axes)
     return t.op(
-        "Slice", t.value(x), t.op.ints([-1] * count), t.op.ints([-(2**62)] * count), t.op.ints(axes), t.op.ints([-1] * count)
+        "Slice",
+        t.value(x),
+        t.op.ints([-1] * count),
+        t.op.ints([-(2**62)] * count),
+        t.op.ints(axes),
+        t.op.ints([-1] * count),
     )
 
 
 def roll(t: Translator, node: fx.Node, x: Any, shifts: Sequence[int], dims: Sequence[int] = ()) -> Any:
     """Cyclic shift."""
-    del node
+    if not dims:
+        raise LoweringError("a roll over the flattened tensor", node=node.name, help="give its axes")
     value = t.value(x)
     for shift, dim in zip(shifts, dims, strict=True):
         axis = dim % _rank(x)
+        length = x.meta["val"].shape[axis]
         if shift == 0:
             continue
-        head = t.op("Slice", value, t.op.ints([-shift]), t.op.ints([2**63 - 1]), t.op.ints([axis]), t.op.ints([1]))
-        tail = t.op("Slice", value, t.op.ints([0]), t.op.ints([-shift]), t.op.ints([axis]), t.op.ints([1]))
+        if isinstance(length, int):
+            start = t.op.ints([-shift % length])
+        else:
+            start = t.op("Mod", t.op.ints([-shift]), t.op("Shape", value, start=axis, end=axis + 1))
+        head = t.op("Slice", value, start, t.op.ints([2**63 - 1]), t.op.ints([axis]), t.op.ints([1]))
+        tail = t.op("Slice", value, t.op.ints([0]), start, t.op.ints([axis]), t.op.ints([1]))
         value = t.op("Concat", head, tail, axis=axis)
     return value
 
@@ -133,6 +147,8 @@ def diagonal(t: Translator, node: fx.Node, x: Any, offset: int = 0, first: int =
     value = t.value(x)
     size = t.op("Shape", value, start=rank - 1, end=rank)
     length = x.meta["val"].shape[-1]
+    if not same_size(length, x.meta["val"].shape[-2]):
+        raise LoweringError("a diagonal of matrices that are not square", node=node.name)
     stop = t.op.constant(length, ir_dtype(torch.int64)) if isinstance(length, int) else t.op("Squeeze", size)
     zero, one = (t.op.constant(v, ir_dtype(torch.int64)) for v in (0, 1))
     position = t.op("Range", zero, stop, one)

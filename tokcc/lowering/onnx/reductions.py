@@ -50,9 +50,8 @@ def _bool_reduce(op_type: str) -> Any:
     def lower(t: Translator, node: fx.Node, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
         del node
         axes = _axes(x, dim)
-        number = t.value(x, torch.int32) if x.meta["val"].dtype != torch.bool else t.op(
-            "Cast", t.value(x), to=int(ir_dtype(torch.int32))
-        )
+        # To bool first: what counts is being other than zero, whatever the number.
+        number = t.op("Cast", t.value(x, torch.bool), to=int(ir_dtype(torch.int32)))
         made = t.op(op_type, number, None if axes is None else t.op.ints(axes), keepdims=int(keepdim))
         return t.op("Cast", made, to=int(ir_dtype(torch.bool)))
 
@@ -91,7 +90,9 @@ def sort(t: Translator, node: fx.Node, x: Any, dim: int = -1, descending: bool =
     return t.op("TopK", value, size, outputs=2, axis=axis, largest=int(descending), sorted=1)
 
 
-def topk(t: Translator, node: fx.Node, x: Any, k: Any, dim: int = -1, largest: bool = True, ordered: bool = True) -> Any:
+def topk(
+    t: Translator, node: fx.Node, x: Any, k: Any, dim: int = -1, largest: bool = True, ordered: bool = True
+) -> Any:
     """The k extremes of an axis."""
     del node
     return t.op(
@@ -105,7 +106,9 @@ def topk(t: Translator, node: fx.Node, x: Any, k: Any, dim: int = -1, largest: b
     )
 
 
-def vector_norm(t: Translator, node: fx.Node, x: Any, order: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+def vector_norm(
+    t: Translator, node: fx.Node, x: Any, order: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any
+) -> Any:
     """L2 and L1 norms, written out (runtimes get ReduceL2 wrong)."""
     del kwargs
     axes = _axes(x, dim)

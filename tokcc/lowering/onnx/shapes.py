@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -123,7 +124,7 @@ def cat(t: Translator, node: fx.Node, xs: Sequence[Any], dim: int = 0) -> Any:
     """Concatenate, leaving out empty parts."""
     dtype = node.meta["val"].dtype
     parts = [x for x in xs if not any(isinstance(s, int) and s == 0 for s in x.meta["val"].shape)]
-    values = [t.value(x, dtype) for x in parts]
+    values = [t.value(x, dtype) for x in parts or xs[:1]]
     return values[0] if len(values) == 1 else t.op("Concat", *values, axis=dim % _rank(node))
 
 
@@ -156,9 +157,10 @@ def split(t: Translator, node: fx.Node, x: Any, size: Any, dim: int = 0) -> Any:
 
 def unbind(t: Translator, node: fx.Node, x: Any, dim: int = 0) -> Any:
     """Take every position of an axis."""
-    del node
     axis = dim % _rank(x)
     count = x.meta["val"].shape[axis]
+    if not isinstance(count, int):
+        raise LoweringError("an unbind of a symbolic axis", node=node.name)
     return tuple(t.op("Gather", t.value(x), t.op.constant(i, ir_dtype(torch.int64)), axis=axis) for i in range(count))
 
 
@@ -169,8 +171,11 @@ def arange(t: Translator, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
     dtype = node.meta["val"].dtype
     if all(isinstance(a, int) for a in (start, stop, step)):
         return t.op.constant(list(range(start, stop, step)), ir_dtype(dtype))
-    values = [t.value(a, torch.int64) for a in (start, stop, step)]
-    made = t.op("Range", *values)
+    if all(isinstance(a, int | float) for a in (start, stop, step)):
+        return t.op.constant(torch.arange(start, stop, step, dtype=torch.float64).numpy(), ir_dtype(dtype))
+    if any(isinstance(a, float) for a in (start, stop, step)):
+        return t.op("Range", *(t.value(a, dtype) for a in (start, stop, step)))
+    made = t.op("Range", *(t.value(a, torch.int64) for a in (start, stop, step)))
     return made if dtype == torch.int64 else t.op("Cast", made, to=int(ir_dtype(dtype)))
 
 
@@ -183,7 +188,8 @@ def _filled(t: Translator, node: fx.Node, value: float | bool) -> Any:
     if static and fake.numel() == 1 and fake.ndim == 0:
         return t.op.constant(value, ir_dtype(fake.dtype))
     if static and fake.numel() <= 4096:
-        return t.op.constant(torch.full(tuple(fake.shape), value, dtype=torch.float64).numpy(), ir_dtype(fake.dtype))
+        kind = ir_dtype(fake.dtype)
+        return t.op.constant(np.full(tuple(fake.shape), value, dtype=kind.numpy()), kind)
     sizes = t.op.ints(list(fake.shape)) if static else None
     return ("fill", fill, sizes)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tokcc.lowering.onnx.translate import Translator
 
@@ -21,10 +22,21 @@ def _binary(op_type: str, python: Any) -> Any:
         a, b = t.size(first), t.size(second)
         if isinstance(a, int) and isinstance(b, int):
             return python(a, b)
-        # ONNX integer division truncates; sizes are never negative, so that is floor division.
         return t.op(op_type, t.size_vector(first), t.size_vector(second))
 
     return lower
+
+
+def _floordiv(t: Translator, node: fx.Node, first: Any, second: Any) -> Any:
+    """Floor division. ONNX's truncates, which is the same unless a size is negative, as in ``-(-n // 2)``."""
+    if isinstance(t.size(first), int) or _never_negative(first):
+        return _binary("Div", operator.floordiv)(t, node, first, second)
+    a, b = t.size(first), t.size_vector(second)
+    return t.op("Div", t.op("Sub", a, t.op("Mod", a, b)), b)
+
+
+def _never_negative(size: fx.Node) -> bool:
+    return bool(statically_known_true(size.meta["val"] >= 0))
 
 
 def _negate(t: Translator, node: fx.Node, first: Any) -> Any:
@@ -52,7 +64,7 @@ LOWERINGS: dict[Any, Any] = {
     operator.add: _binary("Add", operator.add),
     operator.sub: _binary("Sub", operator.sub),
     operator.mul: _binary("Mul", operator.mul),
-    operator.floordiv: _binary("Div", operator.floordiv),
+    operator.floordiv: _floordiv,
     operator.mod: _binary("Mod", operator.mod),
     operator.neg: _negate,
     torch.sym_min: _binary("Min", min),

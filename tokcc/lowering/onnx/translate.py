@@ -245,4 +245,3 @@ def translate(program: Program, opset: int = 18) -> ir.Model:
             f"opset {opset} is not supported", needed=f"{min(IR_VERSIONS)} to {max(IR_VERSIONS)}", found=str(opset)
         )
     return Translator(program, lowerings(), opset).run()
-

@@ -1,0 +1,1 @@
+../../tokcc/errors.py

@@ -1,0 +1,1 @@
+../../tokcc/progress.py

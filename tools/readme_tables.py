@@ -1,0 +1,111 @@
+"""Write the tables of README.md from ``benchmarks/results/*.json``; ``--check`` only says whether they are current."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(" --- " for _ in head) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _where(result: dict[str, Any]) -> str:
+    made = result["environment"]
+    versions = made["versions"]
+    return (
+        f"*{made['cpu']}, {made['threads']} thread(s), onnxruntime {versions['onnxruntime']}, torch {versions['torch']}, "
+        f"{made['date'][:10]}*"
+    )
+
+
+def _accuracy(result: dict[str, Any]) -> str:
+    """One row per engine, the data sets side by side."""
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        rows.setdefault(row["engine"], {})[row["dataset"]] = row
+    datasets = list(next(iter(rows.values())))
+    head = ["engine", "FLOPs", *(f"{name}: {what}" for name in datasets for what in ("cosine", "accuracy"))]
+    body = []
+    for engine, by_data in rows.items():
+        first = next(iter(by_data.values()))
+        cells = [engine, f"{first['flops_ratio']:.2f}"]
+        for name in datasets:
+            row = by_data[name]
+            cells += [f"{row['cosine_mean']:.4f}", f"{row['probe_drop_in']:.1%}"]
+        body.append(cells)
+    first = next(iter(next(iter(rows.values())).values()))
+    note = (
+        f"{first['train_items']} training and {first['test_items']} test items of each set; standard error of an accuracy "
+        f"about {first['standard_error']:.1%}. {_where(result)}"
+    )
+    return f"{_table(head, body)}\n\n{note}"
+
+
+def _speed(result: dict[str, Any]) -> str:
+    head = ["model", "B", "engine", "nodes", "ideal", "speed-up (quartiles)", "realised / ideal", "in inserted nodes"]
+    body = []
+    for row in result["rows"]:
+        ratio = row.get("speedup")
+        cells = [row["model"], str(row["batch"]), row["engine"], str(row["nodes"])]
+        if ratio is None:
+            cells += ["-", "1", "-", "-"]
+        else:
+            cells += [
+                f"{row['ideal_speedup']:.2f}x",
+                f"{ratio['median']:.2f}x ({ratio['p25']:.2f}-{ratio['p75']:.2f})",
+                f"{row['realised_share']:.0%}",
+                f"{row['inserted_time_share']:.1%}",
+            ]
+        body.append(cells)
+    load = result["environment"].get("load_average_1min")
+    return f"{_table(head, body)}\n\n{result['rounds']} rounds, load average {load}. {_where(result)}"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "accuracy_image": _accuracy,
+    "accuracy_text": _accuracy,
+    "speed": _speed,
+}
+
+
+def render(name: str) -> str | None:
+    """Return the table of a result file, or None when there is none yet."""
+    path = RESULTS / f"{name}.json"
+    if not path.is_file() or name not in TABLES:
+        return None
+    return TABLES[name](json.loads(path.read_text(encoding="utf-8")))
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+
+    def replaced(match: re.Match[str]) -> str:
+        table = render(match[1])
+        body = match[2] if table is None else f"\n{table}\n"
+        return f"<!-- table:{match[1]} -->{body}<!-- /table -->"
+
+    made = re.sub(r"<!-- table:(\w+) -->(.*?)<!-- /table -->", replaced, text, flags=re.DOTALL)
+    if options.check:
+        print("README.md is current" if made == text else "README.md is out of date: run tools/readme_tables.py")
+        return int(made != text)
+    readme.write_text(made, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
