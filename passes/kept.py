@@ -48,7 +48,8 @@ def kept_stages(
             own = space.assign(walk.ctx) if callable(space.assign) else space.assign
             merged = True
         else:
-            own = torch.full((batch, _parent_size(space)), -1, dtype=torch.int64)
+            assert space.parent is not None
+            own = torch.full((batch, int(space.parent.size)), -1, dtype=torch.int64)
             positions = torch.arange(index.shape[1]).expand(batch, -1)
             if space.valid is not None:
                 positions = positions.masked_fill(~space.valid, -1)
@@ -61,7 +62,3 @@ def kept_stages(
             1, root, space.valid if space.valid is not None else torch.ones_like(root, dtype=torch.bool)
         )
         yield reduction.layer, reduction.name, kept.numpy(), assign.numpy() if merged else None
-
-
-def _parent_size(space: Any) -> int:
-    return int(space.parent.size)

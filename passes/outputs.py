@@ -80,11 +80,8 @@ def _restore_point(program: Program, plan: Plan, contracts: Sequence[Any]) -> st
     return None
 
 
-def contract_outputs(
-    walk: Walk, program: Program, plan: Plan, outputs: OutputPlan, values: Sequence[Any]
-) -> OutputPlan:
+def contract_outputs(walk: Walk, outputs: OutputPlan, values: Sequence[Any]) -> OutputPlan:
     """Apply the contracts to the walk's outputs."""
-    del program, plan
     result: list[Any] = []
     extra: list[tuple[str, Any]] = []
     for name, contract, value in zip(outputs.names, outputs.contracts, values, strict=True):
@@ -108,8 +105,6 @@ def contract_outputs(
 
 def _rows(walk: Walk, name: str, value: Value, rows: Sequence[int]) -> Value:
     """Only some rows of an output, ``[B, len(rows), ...]``; the demand pass then computes no others."""
-    import torch
-
     b = walk.builder
     if value.reduced:
         value = walk.restored(value)
@@ -121,7 +116,6 @@ def _rows(walk: Walk, name: str, value: Value, rows: Sequence[int]) -> Value:
         stop = None if row == -1 else row + 1
         parts.append(b.slice(value.handle, axis, row, stop))
     handle = b.cat(parts, axis)
-    del torch
     axes = (*value.axes[:axis], (), *value.axes[axis + 1 :])
     return value.having(handle=handle, axes=axes)
 
@@ -134,9 +128,8 @@ def _maps(walk: Walk, name: str, value: Value) -> list[tuple[str, Any]]:
             if space is None or space.is_batch or not space.reduced:
                 continue
             with walk.builder.inserting("restore"):
-                if any(s.assign is not None for s in space.chain[1:]):
-                    if all(s.assign is not None for s in space.chain[1:]):
-                        return [(f"{name}.token_assign", _assign(walk, space))]
+                if all(step.assign is not None for step in space.chain[1:]):
+                    return [(f"{name}.token_assign", _assign(walk, space))]
                 index = walk.ctx.index_between(space.root, space)
                 if len(walk.builder.shape(index)) == 1:
                     assert walk.batch is not None

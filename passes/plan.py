@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tokcc.analysis.sites import Sites
-from tokcc.config import LoadedPolicy, Step, find_conflict
+from tokcc.config import LoadedPolicy, PieceSpec, Step, find_conflict
 from tokcc.errors import AxisError, PlanError, PolicyError
+from tokcc.ir.builder import EagerBuilder
 from tokcc.ir.space import TokenSpace
-from tokcc.passes.budget import Count, resolve_budget
+from tokcc.passes.budget import resolve_budget
 from tokcc.passes.piece import Reducer, Score, Selector, resolve_piece
 from tokcc.passes.reduction import PlannedReduction
 
@@ -66,7 +68,6 @@ def make_plan(policy: LoadedPolicy, sites: Sites) -> Plan:
         PolicyError: A piece or parameter is unknown, or steps contradict each other at this depth.
     """
     reductions: list[PlannedReduction] = []
-    warnings: list[str] = []
     conflict = find_conflict(policy.policy.steps, len(sites.layers))
     if conflict is not None:
         raise PolicyError(
@@ -77,13 +78,13 @@ def make_plan(policy: LoadedPolicy, sites: Sites) -> Plan:
         )
     made: list[TokenSpace] = []
     for number, step in enumerate(policy.policy.steps):
-        reductions += _plan_step(policy, number, step, sites, warnings, made)
+        reductions += _plan_step(policy, number, step, sites, made)
     reductions.sort(key=lambda r: (sites.order[r.cut], r.step))
-    return Plan(policy, sites, tuple(reductions), tuple(warnings), made)
+    return Plan(policy, sites, tuple(reductions), tuple(_shortfalls(reductions, sites)), made)
 
 
 def _plan_step(
-    policy: LoadedPolicy, number: int, step: Step, sites: Sites, warnings: list[str], made: list[TokenSpace]
+    policy: LoadedPolicy, number: int, step: Step, sites: Sites, made: list[TokenSpace]
 ) -> list[PlannedReduction]:
     where = policy.where(("steps", number))
     if step.node not in ("prune", "merge"):
@@ -107,13 +108,12 @@ def _plan_step(
     score, select, reduce = _pieces(policy, number, step)
     first = sites.prefix if step.protect.first == "auto" else int(step.protect.first)
     last = step.protect.last or (sites.suffix if step.protect.first == "auto" else 0)
-    _check_needs(policy, number, score, select, sites, first)
+    _check_needs(policy, number, score, sites, first)
     result: list[PlannedReduction] = []
     for layer, count in zip(layers, counts, strict=True):
         if count.nothing and getattr(select, "duplicates", 0) == 0:
             continue
         cut = _cut(policy, number, step, sites, layer)
-        count = _clamped(count, sites, first, last, layer, where, warnings)
         result.append(
             PlannedReduction(
                 step=number,
@@ -159,15 +159,13 @@ def _pieces(policy: LoadedPolicy, number: int, step: Step) -> tuple[Score | None
     def place(key: str) -> str:
         return policy.where(("steps", number, key))
 
-    from tokcc.config import PieceSpec
-
     select_spec = step.select or PieceSpec(kind=_DEFAULT_SELECT[step.node])
     reduce_spec = step.reduce or PieceSpec(kind=_DEFAULT_REDUCE[step.node])
-    select: Selector = resolve_piece(select_spec, Selector, "selectors", place("select"))  # type: ignore[type-abstract]  # base class
-    reduce: Reducer = resolve_piece(reduce_spec, Reducer, "reducers", place("reduce"))  # type: ignore[type-abstract]  # base class
+    select: Selector = resolve_piece(select_spec, Selector, "selectors", place("select"))
+    reduce: Reducer = resolve_piece(reduce_spec, Reducer, "reducers", place("reduce"))
     score: Score | None = None
     if step.score is not None:
-        score = resolve_piece(step.score, Score, "scores", place("score"))  # type: ignore[type-abstract]  # base class
+        score = resolve_piece(step.score, Score, "scores", place("score"))
     elif select.wants_score:
         raise PolicyError(
             f"`select: {{kind: {select.kind}}}` needs a score",
@@ -177,9 +175,7 @@ def _pieces(policy: LoadedPolicy, number: int, step: Step) -> tuple[Score | None
     return score, select, reduce
 
 
-def _check_needs(
-    policy: LoadedPolicy, number: int, score: Score | None, select: Selector, sites: Sites, first: int
-) -> None:
+def _check_needs(policy: LoadedPolicy, number: int, score: Score | None, sites: Sites, first: int) -> None:
     reads_cls = getattr(score, "rows", None) == "cls" or getattr(score, "to", None) == "cls"
     if reads_cls and sites.prefix < 1 and first < 1:
         raise PlanError(
@@ -189,7 +185,6 @@ def _check_needs(
             found="no token that is concatenated to the patches or selected by a head",
             help="use `score: {kind: attention_received}`, or say `protect: {first: 1}` if token 0 is one",
         )
-    del select
 
 
 def _cut(policy: LoadedPolicy, number: int, step: Step, sites: Sites, layer: int) -> str:
@@ -216,14 +211,28 @@ def _cut(policy: LoadedPolicy, number: int, step: Step, sites: Sites, layer: int
     return name
 
 
-def _clamped(count: Count, sites: Sites, first: int, last: int, layer: int, where: str, warnings: list[str]) -> Count:
-    """Warn about budgets that exceed what a layer can give; the arithmetic itself clamps."""
-    tokens = sites.tokens
-    if isinstance(tokens, int) and count.kind == "remove" and count.amount > (tokens - first - last) // 2:
-        warnings.append(
-            f"{where}: layer {layer} is asked to remove {count.amount} of {tokens - first - last} tokens; at most half "
-            "of those that are left can merge, so fewer are removed"
-        )
-    if isinstance(tokens, int) and count.kind == "tokens" and count.amount > tokens - first - last:
-        warnings.append(f"{where}: layer {layer} is asked to keep {count.amount} tokens and has fewer: all are kept")
-    return count
+def _shortfalls(reductions: Sequence[PlannedReduction], sites: Sites) -> Iterator[str]:
+    """Say where a budget asks for more than a layer can give; the arithmetic itself clamps, as the papers do."""
+    size: Any = sites.tokens
+    tokens = size if isinstance(size, int) else size.node.hint
+    if tokens is None:
+        return
+    initial = int(tokens)
+    short: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for reduction in reductions:
+        count, protected = reduction.count, reduction.first + reduction.last
+        candidates = max(tokens - protected, 0)
+        most = candidates // 2 if reduction.node == "merge" else max(candidates - 1, 0)
+        if count.kind == "remove" and count.amount > most:
+            asked = f"asked to remove {count.amount} tokens"
+            short.setdefault((reduction.where, asked), []).append((reduction.layer, most))
+        elif count.kind == "tokens" and count.amount > candidates:
+            asked = f"asked to keep {count.amount} tokens"
+            short.setdefault((reduction.where, asked), []).append((reduction.layer, candidates))
+        kept = int(count.kept(EagerBuilder(), candidates, max(initial - protected, 0)))
+        tokens = protected + max(kept, candidates - most)
+    for (where, asked), places in short.items():
+        layers = ", ".join(str(layer) for layer, _ in places)
+        found = ", ".join(str(number) for _, number in places)
+        verb = "only {} can go" if "remove" in asked else "only {} are there"
+        yield f"{where}: {asked} at layer {layers}, but {verb.format(found)}: fewer are removed"

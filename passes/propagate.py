@@ -42,7 +42,7 @@ class _RestoreStream:
 
 def reduce_walk(
     program: Program, plan: Plan, builder: Builder, inputs: dict[str, Any] | None = None
-) -> tuple[Walk, Any]:
+) -> tuple[Walk, OutputPlan]:
     """Walk a program with the plan's reductions, on a graph or eagerly.
 
     Returns:
@@ -56,7 +56,7 @@ def reduce_walk(
         actions.setdefault(outputs.restore_at, []).append(_RestoreStream())
     walk = Walk(program, builder, plan.sites.entry, actions=actions, inputs=inputs)
     values = walk.run()
-    return walk, contract_outputs(walk, program, plan, outputs, values)
+    return walk, contract_outputs(walk, outputs, values)
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ class Propagate:
         if not self.plan.reductions and not self.plan.outputs:
             return PassResult(program, False)
         builder = GraphBuilder(fake_mode_of(program))
-        walk, outputs = reduce_walk(program, self.plan, builder)
-        del walk
+        _, outputs = reduce_walk(program, self.plan, builder)
         return PassResult(finish(program, builder, outputs), True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tokcc.analysis.rules.attention import key_bias
+from tokcc.analysis.rules.attention import key_bias, masking_value
 from tokcc.analysis.sites import Sites
 from tokcc.analysis.walk import Walk
 from tokcc.errors import AxisError
@@ -174,8 +174,6 @@ def _attention_source(walk: Walk, sites: Sites, space: TokenSpace, own: int) -> 
 
 
 def _joined(walk: Walk, mask: Any, bias: Any) -> Any:
-    from tokcc.analysis.rules.attention import masking_value
-
     b = walk.builder
     if b.dtype(mask) == torch.bool:
         return b.where(mask, bias, masking_value(b.dtype(bias)))

@@ -1,8 +1,8 @@
 """Demand slicing: compute only the rows that reach an output. Lossless.
 
-When only the class token's row of the last block is read, that block's query, projection and MLP run for that row alone.
-A backward pass finds which rows of every (node, axis) are wanted; where a value that is wanted whole feeds a computation
-that is wanted in part, a slice goes on that edge, and the forward axis rules carry the few rows on to the head.
+When only the class token's row of the last block is read, that block's query, projection and MLP run for that row
+alone. A backward pass finds which rows of every (node, axis) are wanted; where a value that is wanted whole feeds a
+computation that is wanted in part, a slice goes on that edge, and the forward axis rules carry the rows to the head.
 """
 
 from __future__ import annotations
@@ -77,20 +77,25 @@ class _Demand:
         """Which axes of an operand a node wants whole."""
         everything = (True,) * _rank(operand)
         if node in self.starts and node.args[0] is operand:
-            dim = node.args[1] % _rank(operand)  # type: ignore[operator]  # an int
+            dim = _axis(node, 1, _rank(operand))
             own = self.wanted.get(node, ())
-            outer = list(own[:dim]) + [False] + list(own[dim:]) if node.target is aten.select.int else list(own)
-            outer[dim] = False
-            return tuple(outer)
-        own = self.wanted.get(node)
-        if own is None or all(own):
+            behind = own[dim:] if node.target is aten.select.int else own[dim + 1 :]
+            return (*own[:dim], False, *behind)
+        known = self.wanted.get(node)
+        if known is None or all(known):
             return everything
-        return _through(node, operand, own) or everything
+        return _through(node, operand, known) or everything
 
 
 def _rank(node: Any) -> int:
     value = node.meta.get("val")
     return int(value.ndim) if isinstance(value, torch.Tensor) else -1
+
+
+def _axis(node: fx.Node, position: int, rank: int) -> int:
+    """Return an axis argument, counted from the front."""
+    axis: Any = node.args[position]
+    return int(axis) % rank
 
 
 def _through(node: fx.Node, operand: fx.Node, own: Wanted) -> Wanted | None:
@@ -102,7 +107,7 @@ def _through(node: fx.Node, operand: fx.Node, own: Wanted) -> Wanted | None:
         width = len(node.args[1])  # type: ignore[arg-type]  # a list
         return (*own[: out - width], *(True,) * width) if operand is node.args[0] else None
     if target in (aten.softmax.int, aten._softmax.default):
-        dim = node.args[1] % out  # type: ignore[operator]  # an int
+        dim = _axis(node, 1, out)
         return tuple(w or i == dim for i, w in enumerate(own))
     if target in (aten.matmul.default, aten.bmm.default):
         if operand is node.args[0] and operand is not node.args[1] and rank == out:
@@ -125,25 +130,28 @@ def _shape_through(node: fx.Node, operand: fx.Node, own: Wanted) -> Wanted | Non
     if target is aten.permute.default:
         dims: Any = node.args[1]
         result = [True] * rank
-        for place, dim in enumerate(dims):
-            result[dim % rank] = own[place]
+        for outer, dim in enumerate(dims):
+            result[dim % rank] = own[outer]
         return tuple(result)
     if target is aten.transpose.int:
         order = list(range(rank))
-        first, second = (node.args[i] % rank for i in (1, 2))  # type: ignore[operator]  # ints
+        first, second = (_axis(node, i, rank) for i in (1, 2))
         order[first], order[second] = order[second], order[first]
         result = [True] * rank
-        for place, dim in enumerate(order):
-            result[dim] = own[place]
+        for outer, dim in enumerate(order):
+            result[dim] = own[outer]
         return tuple(result)
     if target is aten.unsqueeze.default:
-        place = node.args[1] % out  # type: ignore[operator]  # an int
+        place = _axis(node, 1, out)
         return (*own[:place], *own[place + 1 :])
     if target is aten.reshape.default:
         return _reshape_through(node, operand, own)
     if target is aten.expand.default and rank == out:
         return own
-    pointwise = torch.Tag.pointwise in getattr(target, "tags", ()) or target in (aten._to_copy.default, aten.gelu.default)
+    pointwise = torch.Tag.pointwise in getattr(target, "tags", ()) or target in (
+        aten._to_copy.default,
+        aten.gelu.default,
+    )
     if pointwise and rank <= out:
         return own[out - rank :]
     return None
@@ -157,7 +165,11 @@ def _reshape_through(node: fx.Node, operand: fx.Node, own: Wanted) -> Wanted | N
         if partial:
             continue
         match = next(
-            (i for i in range(len(source)) if same_size(source[i], result[j]) and same_size(_count(source[:i]), _count(result[:j]))),
+            (
+                i
+                for i in range(len(source))
+                if same_size(source[i], result[j]) and same_size(_count(source[:i]), _count(result[:j]))
+            ),
             None,
         )
         if match is None:
@@ -223,7 +235,12 @@ class SliceDemand:
             elif node.target is aten.slice.Tensor:
                 start, stop = (*node.args[2:4], None, None)[:2]
                 step = node.args[4] if len(node.args) > 4 else 1
-                if isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop <= start + _LONGEST_SLICE and step == 1:
+                if (
+                    isinstance(start, int)
+                    and isinstance(stop, int)
+                    and 0 <= start < stop <= start + _LONGEST_SLICE
+                    and step == 1
+                ):
                     starts.add(node)
                     rows.update(range(start, stop))
         return starts, tuple(sorted(rows))
@@ -231,14 +248,13 @@ class SliceDemand:
     def _takes_tokens(self, node: fx.Node) -> bool:
         if self.sites is None or node.target not in (aten.select.int, aten.slice.Tensor):
             return False
-        old = self.sites.axes.get(node.meta.get("origin", node.name)) and node.meta.get("origin", node.name)
-        if old is None or node.meta.get("tokcc"):
+        if node.meta.get("origin", node.name) not in self.sites.axes or node.meta.get("tokcc"):
             return False
         operand: Any = node.args[0]
         source = self.sites.axes.get(operand.meta.get("origin", operand.name))
         if source is None or source.rank != _rank(operand):
             return False
-        dim = node.args[1] % source.rank  # type: ignore[operator]  # an int
+        dim = _axis(node, 1, source.rank)
         return any(f.space is not None and not f.space.is_batch for f in source.axes[dim])
 
     def _rebuild(self, program: Program, demand: _Demand, rows: tuple[int, ...]) -> PassResult:

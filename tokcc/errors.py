@@ -48,7 +48,7 @@ class TokccError(Exception):
         node: str | None = None,
         needed: str | None = None,
         found: str | None = None,
-        help: str | None = None,  # noqa: A002 - the word a user reads
+        help: str | None = None,
     ) -> None:
         self.what = what
         self.policy = policy

@@ -23,8 +23,8 @@ def _where(result: dict[str, Any]) -> str:
     made = result["environment"]
     versions = made["versions"]
     return (
-        f"*{made['cpu']}, {made['threads']} thread(s), onnxruntime {versions['onnxruntime']}, torch {versions['torch']}, "
-        f"{made['date'][:10]}*"
+        f"*{made['cpu']}, {made['threads']} thread(s), onnxruntime {versions['onnxruntime']}, "
+        f"torch {versions['torch']}, {made['date'][:10]}*"
     )
 
 
@@ -45,8 +45,8 @@ def _accuracy(result: dict[str, Any]) -> str:
         body.append(cells)
     first = next(iter(next(iter(rows.values())).values()))
     note = (
-        f"{first['train_items']} training and {first['test_items']} test items of each set; standard error of an accuracy "
-        f"about {first['standard_error']:.1%}. {_where(result)}"
+        f"{first['train_items']} training and {first['test_items']} test items of each set; standard error of an "
+        f"accuracy about {first['standard_error']:.1%}. {_where(result)}"
     )
     return f"{_table(head, body)}\n\n{note}"
 

@@ -36,7 +36,7 @@ class AveragePool(Reducer):
         if isinstance(last, int) and isinstance(cut.tokens, int):
             whole = b.slice(cut.x, 1, 0, last)
         else:
-            # A slice's symbolic length is a minimum, which the reshape below could only match by fixing the parity of N.
+            # The symbolic length of a slice is a minimum, which the reshape could only match by fixing N's parity.
             whole = b.call(aten.index_select.default, cut.x, 1, b.arange(last, cut.x))
         shape = [b.size(whole, 0), chosen.size, width, b.size(whole, 2)]
         return b.mean(b.reshape(whole, shape), 2)

@@ -131,6 +131,8 @@ def _binary() -> list[Case]:
         Case("rsub.Tensor", of(aten.rsub.Tensor), (X, ROW)),
         Case("rsub.Tensor-alpha", lambda b, x, y: b.call(aten.rsub.Tensor, x, y, alpha=2), (X, ROW)),
         Case("maximum", of(aten.maximum.default), (X, ROW), half=True),
+        Case("max.other", of(aten.max.other), (INT, Input(("B", "N")))),
+        Case("min.other", of(aten.min.other), (X, ROW)),
         Case("minimum-int", of(aten.minimum.default), (INT, INT2)),
         Case("minimum", of(aten.minimum.default), (X, ROW), half=True),
         Case("floor_divide", of(aten.floor_divide.default), (INT, NONZERO)),

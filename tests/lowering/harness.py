@@ -106,12 +106,16 @@ def _skeleton(inputs: tuple[Input, ...], dtype: torch.dtype, dynamic: bool) -> P
     return Program.from_exported(exported)
 
 
+@cache
 def program_of(case: Case, *, dtype: torch.dtype = torch.float32, dynamic: bool = False) -> Program:
     """Return the program of a case."""
     skeleton = _skeleton(case.inputs, dtype, dynamic)
     builder = GraphBuilder(fake_mode_of(skeleton))
     handles = [builder.placeholder(node) for node in skeleton.user_inputs]
     results = _tuple(case.body(builder, *handles))
+    env = fake_mode_of(skeleton).shape_env
+    if env is not None and any(known.is_number for known in env.replacements.values()):
+        _skeleton.cache_clear()  # torch's own fake of this operation fixed a size: not one for the next case
     names = tuple(f"y{i}" for i in range(len(results)))
     skeleton = _with_outputs(skeleton, len(results))
     return finish(skeleton, builder, OutputPlan(names, ("full",) * len(names), None, results))

@@ -211,7 +211,7 @@ def reference(
     return Result(y, pooled, cuts, model.norm(full))
 
 
-# what methods are written with ------------------------------------------------------------------------------------------
+# what methods are written with --------------------------------------------------------------------------------
 
 
 def cosine(first: Tensor, second: Tensor) -> float:
@@ -227,17 +227,15 @@ def top(scores: Sequence[float], among: Sequence[int], count: int) -> list[int]:
 def share_of(n: int, share: str | float, rounding: str = "ceil") -> int:
     """Return a share of ``n``, computed with decimals as they are written."""
     exact = Fraction(str(share)) * n
-    return {"ceil": math.ceil, "floor": math.floor, "round": lambda value: math.floor(value + Fraction(1, 2))}[
-        rounding
-    ](exact)
+    if rounding == "round":
+        return math.floor(exact + Fraction(1, 2))
+    return math.ceil(exact) if rounding == "ceil" else math.floor(exact)
 
 
 def received(scene: Scene, *, diagonal: bool = True) -> list[float]:
     """Return the attention that each token receives, summed over heads and rows."""
-    heads, n = len(scene.probs), scene.n
-    return [
-        sum(float(scene.probs[h, i, j]) for h in range(heads) for i in range(n) if diagonal or i != j) for j in range(n)
-    ]
+    n, probs = scene.n, scene.probs.tolist()
+    return [sum(head[i][j] for head in probs for i in range(n) if diagonal or i != j) for j in range(n)]
 
 
 def merge(scene: Scene, kept: list[int], pairs: list[tuple[int, int]], *, sized: bool = True) -> Cut:
@@ -257,7 +255,7 @@ def drop(scene: Scene, kept: list[int]) -> Cut:
     return Cut(kept, scene.x[kept])
 
 
-# comparison with tokcc --------------------------------------------------------------------------------------------------
+# comparison with tokcc --------------------------------------------------------------------------------
 
 # The keys are identities, so what they identify is kept.
 _PROGRAMS: dict[Any, tuple[Model, Program]] = {}

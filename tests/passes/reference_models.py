@@ -1,7 +1,7 @@
 """Small transformers whose forward pass is easy to write out: a ViT with a class token, a text and an audio encoder.
 
-They are what the oracles of the methods run on, so they use nothing that has to be looked up: one fused qkv, SDPA without
-a scale of its own, GELU, LayerNorm.
+They are what the oracles of the methods run on, so they use nothing that has to be looked up: one fused qkv, SDPA
+without a scale of its own, GELU, LayerNorm.
 """
 
 from __future__ import annotations
@@ -33,14 +33,21 @@ class Block(nn.Module):
         batch, tokens, _ = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(y.transpose(1, 2).reshape(batch, tokens, WIDTH))
+        attended: Tensor = self.out(y.transpose(1, 2).reshape(batch, tokens, WIDTH))
+        return attended
+
+    def feed(self, x: Tensor) -> Tensor:
+        fed: Tensor = self.down(F.gelu(self.up(x)))
+        return fed
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.norm_first:
             x = x + self.attend(self.norm1(x), mask)
-            return x + self.down(F.gelu(self.up(self.norm2(x))))
-        x = self.norm1(x + self.attend(x, mask))
-        return self.norm2(x + self.down(F.gelu(self.up(x))))
+            x = x + self.feed(self.norm2(x))
+        else:
+            x = self.norm1(x + self.attend(x, mask))
+            x = self.norm2(x + self.feed(x))
+        return x
 
 
 class Encoder(nn.Module):
@@ -57,7 +64,8 @@ class Encoder(nn.Module):
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for block in self.blocks:
             x = block(x, mask)
-        return self.norm(x)
+        x = self.norm(x)
+        return x
 
 
 class Vision(Encoder):
@@ -90,7 +98,8 @@ class Text(Encoder):
         self.pooler = nn.Linear(WIDTH, WIDTH) if pooled else None
 
     def embed(self, ids: Tensor) -> Tensor:
-        return self.embed_norm(self.words(ids) + self.positions[:, : ids.shape[1]])
+        x: Tensor = self.embed_norm(self.words(ids) + self.positions[:, : ids.shape[1]])
+        return x
 
     def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         x = self.encode(self.embed(ids), mask[:, None, None, :].bool())

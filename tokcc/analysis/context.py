@@ -437,30 +437,40 @@ class Context:
 
     # going back up ------------------------------------------------------------------------------------------------------
 
-    def restore(self, value: Value, axis: int, target: TokenSpace | None = None) -> Value:
-        """Bring one token axis back up to ``target`` (default: the root).
+    def restore(self, value: Value, axis: int, before: Callable[[TokenSpace], Any] | None = None) -> Value:
+        """Bring one token axis back up to the root space.
 
-        A merged token is given to all tokens it stands for; a dropped token gets the value it had when it was dropped
-        where the value is the residual stream itself, else zeros.
+        A merged token is given to all tokens it stands for; a dropped token gets what ``before`` says, else zeros.
+
+        Args:
+            value: The value.
+            axis: Its token axis.
+            before: Returns, for a space that dropped tokens, what all tokens of its parent had in place of ``value`` just
+                before: ``[B, N, ...]``, or None where that is not known.
         """
         b = self.builder
         (factor,) = value.axes[axis]
         space = factor.space
         assert space is not None
-        target = target or space.root
         pending: Any = None
-        while space is not target:
-            assert space.parent is not None
-            if space.assign is not None:
-                own = space.assign(self) if callable(space.assign) else space.assign
+        while space.parent is not None:
+            own = self.own_assign(space)
+            if own is not None:
                 pending = own if pending is None else b.gather(pending, 1, own)
             else:
                 value = self._apply_assign(value, axis, pending, space)
                 pending = None
-                value = self._scatter_up(value, axis, space)
+                value = self._scatter_up(value, axis, space, None if before is None else before(space))
             space = space.parent
-        value = self._apply_assign(value, axis, pending, target)
-        return value
+        return self._apply_assign(value, axis, pending, space)
+
+    def own_assign(self, space: TokenSpace) -> Any:
+        """Return the position in ``space`` of each token of its parent, int64 ``[B, N]``; None where tokens were dropped."""
+        if space.tail_of is not None:
+            whole, first = space.tail_of
+            inner = self.own_assign(whole)
+            return None if inner is None else self.builder.sub(self.builder.slice(inner, 1, first), first)
+        return space.assign(self) if callable(space.assign) else space.assign
 
     def _apply_assign(self, value: Value, axis: int, assign: Any, space: TokenSpace) -> Value:
         axes = list(value.axes)
@@ -473,7 +483,7 @@ class Context:
         handle = self.builder.call(torch.ops.tokcc.gather_tokens.default, value.handle, assign, axis, where)
         return value.having(handle=handle, axes=tuple(axes))
 
-    def _scatter_up(self, value: Value, axis: int, space: TokenSpace) -> Value:
+    def _scatter_up(self, value: Value, axis: int, space: TokenSpace, base: Any) -> Value:
         b = self.builder
         parent = space.parent
         assert parent is not None
@@ -486,11 +496,10 @@ class Context:
         index = self.own_index(space)
         if len(b.shape(index)) == 1:
             index = b.expand(b.unsqueeze(index, 0), [shape[0], -1])
-        base = space.base
-        if base is None or len(b.shape(base)) != value.rank or not all(
-            same_size(p, q) for p, q in zip(b.shape(base)[2:], b.shape(x)[2:], strict=True)
-        ):
+        if base is None:
             base = b.full([shape[0], parent.size, *shape[2:]], 0, b.dtype(x), x)
+        elif space.tail_of is not None:
+            base = b.slice(base, 1, space.tail_of[1])
         if space.valid is not None:
             # Slots that hold no real token must not overwrite what they were filled with.
             mask = space.valid

@@ -21,6 +21,7 @@ from tokcc.analysis.context import Context
 from tokcc.analysis.recount import recount
 from tokcc.analysis.rules import Rule, rule_for
 from tokcc.analysis.rules.totals import carries_totals
+from tokcc.analysis.stream_nodes import StreamNodes
 from tokcc.errors import AxisError, VerifyError
 from tokcc.ir.builder import Builder, GraphBuilder
 from tokcc.ir.program import Program
@@ -88,6 +89,8 @@ class Walk:
         self.batch: TokenSpace | None = None
         self.tokens: TokenSpace | None = None
         self.nodes = {node.name: node for node in program.graph.nodes}
+        cuts = [self.nodes[name] for name in self.actions]
+        self.stream = StreamNodes(None if entry is None else self.nodes[entry.node], cuts)
         self._inputs = dict(inputs or {})
         self._on_operand = on_operand
         self._bindings: dict[Any, int] = {}
@@ -157,6 +160,7 @@ class Walk:
     def _after(self, node: fx.Node, value: Any) -> Any:
         if self.entry is not None and node.name == self.entry.node and self.tokens is None:
             value = self._enter(value)
+        self.stream.follow(node)
         for action in self.actions.get(node.name, ()):
             value = action.apply(self, node, value)
         return value
@@ -261,25 +265,28 @@ class Walk:
 
     def restored(self, value: Value) -> Value:
         """Give every reduced token axis of a value back to the root space."""
+        node = next((n for n, known in self.env.items() if known is value), None)
         for axis, factors in enumerate(value.axes):
             reduced = [f for f in factors if f.space is not None and not f.space.is_batch and f.space.reduced]
             if not reduced:
                 continue
             if len(factors) > 1:
                 self.ctx.fail("tokens cannot be given back to an axis that is fused with another one")
-            value = self.ctx.restore(value, axis)
+            value = self.ctx.restore(value, axis, partial(self.stream.before, self, node))
         return value
 
     def _copy(self, node: fx.Node) -> Any:
-        """Copy a node whose operands carry no reduced space; its result is a side tensor until it meets the stream."""
+        """Copy a node whose operands carry no reduced space; its result has no axes until it meets the stream."""
         args, kwargs = self.ctx.original
         handle = self.builder.call(node.target, *args, like=node, **kwargs)
         fake = node.meta.get("val")
+        read = [self.env[operand] for operand in node.all_input_nodes]
+        side = all(value.side for value in _leaves(read) if isinstance(value, Value))
         if isinstance(fake, torch.Tensor):
-            return untagged(handle, self.old_shape(node))
+            return untagged(handle, self.old_shape(node)).having(side=side)
         if isinstance(fake, list | tuple) and node.target is not operator.getitem:
             return tuple(
-                untagged(self.builder.call(operator.getitem, handle, i), tuple(self.old_size(s) for s in item.shape))
+                untagged(self.builder.call(operator.getitem, handle, i), self.ctx.old_sizes(item)).having(side=side)
                 if isinstance(item, torch.Tensor)
                 else item
                 for i, item in enumerate(fake)

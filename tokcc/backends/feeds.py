@@ -86,12 +86,7 @@ def _tensor(shape: list[int], known: torch.Tensor, generator: torch.Generator) -
 
 def _mask(shape: list[int], known: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A right-padded mask like the example: the first row full, the others of random length, at least half."""
-    if (
-        len(shape) != 2
-        or not bool(known.any())
-        or (bool((known == known.flatten()[0]).all())
-        and known.dtype == torch.bool)
-    ):
+    if len(shape) != 2 or not bool(known.any()) or (known.dtype == torch.bool and bool(known.all())):
         return known.flatten()[:1].expand(shape).clone() if known.numel() else torch.zeros(shape, dtype=known.dtype)
     batch, length = shape
     # Where zeros mark real tokens (a key_padding_mask), the first column of the example is zero.

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from tokcc.errors import LoweringError, UsageError
 
-__all__ = ["Session", "inserted_seconds"]
+__all__ = ["Session", "inserted_share"]
 
 Array = npt.NDArray[Any]
 
@@ -49,7 +49,7 @@ class Session:
             raise LoweringError(
                 "onnxruntime does not load the engine",
                 found=" ".join(str(error).split())[:300],
-                help="for bfloat16 models compile with --dtype float32 or float16: the CPU provider has no bfloat16 kernels",
+                help="the CPU provider has no bfloat16 kernels: compile such models with --dtype float32 or float16",
             ) from error
         self.inputs = [i.name for i in self.session.get_inputs()]
         self.outputs = [o.name for o in self.session.get_outputs()]
@@ -60,8 +60,10 @@ class Session:
         return dict(zip(self.outputs, self.session.run(None, given), strict=True))
 
 
-def inserted_seconds(path: Path, feeds: Mapping[str, Array], folder: Path, *, threads: int, runs: int = 5) -> float:
-    """Return the seconds that one run spends in nodes that tokcc inserted, from the runtime's own profile.
+def inserted_share(path: Path, feeds: Mapping[str, Array], folder: Path, *, threads: int, runs: int = 5) -> float:
+    """Return the share of a run's kernel time that nodes take which tokcc inserted, from the runtime's own profile.
+
+    A share, since profiling itself makes every node slower.
 
     Args:
         path: The engine.
@@ -80,8 +82,8 @@ def inserted_seconds(path: Path, feeds: Mapping[str, Array], folder: Path, *, th
         name.unlink(missing_ok=True)
     spent: dict[str, list[float]] = {}
     for event in events:
-        if event.get("cat") != "Node" or not event.get("name", "").endswith("_kernel_time"):
-            continue
-        if "tokcc/" in event["name"]:
+        if event.get("cat") == "Node" and event.get("name", "").endswith("_kernel_time"):
             spent.setdefault(event["name"], []).append(float(event["dur"]))
-    return sum(float(np.median(times[1:] or times)) for times in spent.values()) * 1e-6
+    medians = {node: float(np.median(times[1:] or times)) for node, times in spent.items()}
+    total = sum(medians.values())
+    return sum(value for node, value in medians.items() if "tokcc/" in node) / total if total else 0.0

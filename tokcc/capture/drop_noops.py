@@ -32,7 +32,7 @@ _IDENTITIES = {
     aten.lift_fresh_copy.default,
 }
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
-_DROPOUTS = {aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default}
+_DROPOUTS = {aten.dropout.default, aten.feature_dropout.default}
 
 
 def _same_shape(first: fx.Node, second: fx.Node) -> bool:
@@ -86,7 +86,7 @@ class DropNoops:
             return bool(source.dtype == value.dtype and source.device == value.device)
         if node.target is aten.slice.Tensor:
             step = node.args[4] if len(node.args) > 4 else 1
-            return step == 1 and _same_shape(node, _first(node))
+            return bool(step == 1) and _same_shape(node, _first(node))
         if node.target is aten.expand.default:
             return _same_shape(node, _first(node))
         return False

@@ -38,7 +38,8 @@ def export(loaded: Loaded) -> ExportedProgram:
         exported = _trace(loaded)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own use of its deprecated pytree classes
-        return exported.run_decompositions({})
+        decomposed: ExportedProgram = exported.run_decompositions({})
+        return decomposed
 
 
 def _trace(loaded: Loaded) -> ExportedProgram:

@@ -29,10 +29,8 @@ class FoldConstants:
 
     def run(self, program: Program) -> PassResult:
         """Apply the pass."""
-        values: dict[fx.Node, Any] = {
-            node: tensor for name, tensor in program.state_tensors().items() for node in [program.placeholders[name]]
-        }
-        state = set(values)
+        placeholders = program.placeholders
+        values: dict[fx.Node, Any] = {placeholders[name]: t for name, t in program.state_tensors().items()}
         pending: list[fx.Node] = []
         for node in program.graph.nodes:
             if node.op != "call_function" or not self._foldable(node, values):
@@ -45,7 +43,7 @@ class FoldConstants:
         changed = False
         for node in pending:
             value = values[node]
-            read = [user for user in node.users if user not in values or user in state]
+            read = [user for user in node.users if user not in values]
             if not isinstance(value, torch.Tensor) or not read:
                 continue
             program, constant = program.add_constant(
@@ -65,4 +63,4 @@ class FoldConstants:
         value = node.meta.get("val")
         tensors = [value] if isinstance(value, torch.Tensor) else list(value) if isinstance(value, list | tuple) else []
         sizes = [t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)]
-        return bool(sizes) and all(isinstance(size, int) and size <= self.max_bytes for size in sizes)
+        return bool(sizes) and all(not isinstance(size, torch.SymInt) and size <= self.max_bytes for size in sizes)

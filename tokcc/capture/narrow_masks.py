@@ -239,7 +239,7 @@ class NarrowMasks:
         for node in list(program.graph.nodes):
             if node.target is not aten.index.Tensor:
                 continue
-            source, indices = node.args[0], list(node.args[1])  # type: ignore[arg-type]  # a list of nodes
+            source, indices = node.args[0], list(node.args[1])
             places = [facts.arange(index) for index in indices]
             if not isinstance(source, fx.Node) or any(p is None for p in places):
                 continue

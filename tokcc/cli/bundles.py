@@ -104,7 +104,7 @@ def report(
     out = Output(json=json, quiet=quiet, verbose=verbose)
     with out.running():
         from tokcc.backends.bundle import Bundle
-        from tokcc.cli.summary import fidelity_table, layer_table, total_lines
+        from tokcc.cli.summary import fidelity_table
 
         opened = Bundle.open(bundle)
         page = opened.path / "report.html"
@@ -114,7 +114,7 @@ def report(
             opened = pipeline.rebuild_report(opened, progress=out.progress())
         content = opened.report
         out.data(content.model_dump(mode="json"))
-        out.show(layer_table(content), "", *total_lines(content, opened))
+        out.report(content, opened.path)
         if content.fidelity is not None:
             out.show("", fidelity_table(content.fidelity))
         out.plain(str(page))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -143,7 +143,7 @@ def compile_command(
         missed_gate(result)
 
 
-def _advise(out: Output, model: str, loading: dict[str, Any]) -> None:
+def _advise(out: Output, model: str, loading: dict[str, Any]) -> NoReturn:
     """Say what fits the model, since no policy is given."""
     from tokcc import pipeline
     from tokcc.cli.tree import as_tree
@@ -155,8 +155,6 @@ def _advise(out: Output, model: str, loading: dict[str, Any]) -> None:
 
 def show_bundle(out: Output, bundle: Bundle) -> None:
     """Print what a compile or a calibration gave."""
-    from tokcc.cli.summary import layer_table, total_lines
-
     report = bundle.report
     out.data(
         {
@@ -166,7 +164,7 @@ def show_bundle(out: Output, bundle: Bundle) -> None:
             "report": report.model_dump(mode="json"),
         }
     )
-    out.show(layer_table(report), "", *total_lines(report, bundle))
+    out.report(report, bundle.path)
     if out.quiet:
         out.plain(str(bundle.path))
 

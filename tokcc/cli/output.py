@@ -7,7 +7,8 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
@@ -15,6 +16,9 @@ from rich.text import Text
 
 from tokcc.errors import TokccError
 from tokcc.progress import Progress, rich_progress, silent
+
+if TYPE_CHECKING:
+    from tokcc.report.schema import Report
 
 __all__ = ["Json", "Output", "Quiet", "Verbose"]
 
@@ -54,6 +58,14 @@ class Output:
             return
         for part in parts:
             self._out.print(part, soft_wrap=isinstance(part, str | Text))
+
+    def report(self, report: Report, bundle: Path) -> None:
+        """Print the table that a compile ends with."""
+        if self.json or self.quiet:
+            return
+        from tokcc.report.terminal import print_report
+
+        print_report(report, bundle=bundle, console=self._out)
 
     def plain(self, text: str) -> None:
         """Print text exactly as it is: what another program may read, with ``--quiet`` too."""

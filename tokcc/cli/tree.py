@@ -42,7 +42,8 @@ def _is_leaf(value: Any) -> bool:
     if isinstance(value, Mapping):
         return not value
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return all(not isinstance(item, Mapping | list | tuple) for item in value)
+        # Sentences get a line each.
+        return all(not isinstance(item, Mapping | list | tuple) and " " not in str(item) for item in value)
     return True
 
 

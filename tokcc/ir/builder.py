@@ -113,7 +113,7 @@ class Builder(ABC):
             return max(first, second)
         return self.call(torch.sym_max, first, second)
 
-    # tensors: thin names over aten --------------------------------------------------------------------------------------
+    # tensors: thin names over aten ------------------------------------------------------------------------------------
 
     def add(self, first: Any, second: Any) -> Any:
         """Elementwise sum."""
@@ -259,22 +259,28 @@ class EagerBuilder(Builder):
     """Calls the operations on real tensors."""
 
     def call(self, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> Any:
+        """Call the operation; ``like`` means nothing here."""
         del like
         return target(*args, **kwargs)
 
     def shape(self, handle: Any) -> tuple[Any, ...]:
+        """Return the sizes as ints."""
         return tuple(handle.shape)
 
     def size(self, handle: Any, axis: int) -> Any:
+        """Return one size as an int."""
         return int(handle.shape[axis])
 
     def dtype(self, handle: Any) -> torch.dtype:
+        """Return the dtype."""
         return handle.dtype  # type: ignore[no-any-return]  # a tensor's dtype
 
     def device(self, handle: Any) -> torch.device:
+        """Return the device."""
         return handle.device  # type: ignore[no-any-return]  # a tensor's device
 
     def constant(self, name: str, tensor: torch.Tensor) -> Any:
+        """Return the tensor itself."""
         del name
         return tensor
 
@@ -313,13 +319,12 @@ class GraphBuilder(Builder):
             if key is not None and key in self._cse:
                 return self._cse[key]
         own = self.scope if self._label is None else None
-        name = (
-            like.name
-            if like is not None
-            else own.name
-            if own is not None and own.target is target
-            else self._name(target)
-        )
+        if like is not None:
+            name = like.name
+        elif own is not None and own.target is target:
+            name = own.name
+        else:
+            name = self._name(target)
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         source = like or self.scope
         if source is not None:
@@ -377,6 +382,7 @@ class GraphBuilder(Builder):
         return self._symbols[expression]
 
     def mark_prefix(self, reduced: fx.Node, source: fx.Node, rows: int) -> None:
+        """Record it for demand slicing, which may then read the rows from the stream before."""
         reduced.meta["tokcc_prefix"] = (source.name, rows)
 
     def _name(self, target: Any) -> str:
@@ -386,6 +392,7 @@ class GraphBuilder(Builder):
 
     @contextmanager
     def inserting(self, label: str) -> Iterator[None]:
+        """Name the step on every node emitted inside."""
         previous, self._label = self._label, label
         try:
             yield
@@ -399,9 +406,11 @@ class GraphBuilder(Builder):
         return node
 
     def shape(self, handle: Any) -> tuple[Any, ...]:
+        """Return the sizes of the fake."""
         return tuple(handle.meta["val"].shape)
 
     def size(self, handle: Any, axis: int) -> Any:
+        """Return one size: an int, or a node, made once, that reads it."""
         size = handle.meta["val"].shape[axis]
         if isinstance(size, int):
             return size
@@ -411,9 +420,11 @@ class GraphBuilder(Builder):
         return self._sizes[handle, axis]
 
     def dtype(self, handle: Any) -> torch.dtype:
+        """Return the dtype of the fake."""
         return handle.meta["val"].dtype  # type: ignore[no-any-return]  # a fake tensor's dtype
 
     def device(self, handle: Any) -> torch.device:
+        """Return the device of the fake."""
         return handle.meta["val"].device  # type: ignore[no-any-return]  # a fake tensor's device
 
     def constant(self, name: str, tensor: torch.Tensor) -> Any:

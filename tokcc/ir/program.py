@@ -44,7 +44,7 @@ class Program:
         origin: The exported program this one came from; its ranges, call specs and verifiers are reused.
         notes: What passes want the report to say.
         symbols: Definitions of the size symbols that reductions introduced, by symbol.
-        output_names: One name per output: dict keys where the model returns a dict, else ``output`` or ``output_0``, ...
+        output_names: One name per output: the keys of a dict that the model returns, else ``output`` or ``output_0``.
     """
 
     graph: fx.Graph
@@ -108,7 +108,8 @@ class Program:
             fake, shape = node.meta.get("val"), inputs.get(node.name)
             if not isinstance(fake, torch.Tensor) or shape is None:
                 continue
-            for size, number in zip(fake.shape, shape, strict=True):
+            sizes: Sequence[Any] = fake.shape  # ints and SymInts; the stubs know ints only
+            for size, number in zip(sizes, shape, strict=True):
                 if not isinstance(size, int) and size.node.expr.is_symbol:
                     known[size.node.expr] = int(number)
         for symbol, expression in self.symbols.items():
@@ -118,6 +119,14 @@ class Program:
     def with_graph(self, graph: fx.Graph, signature: ExportGraphSignature | None = None) -> Program:
         """Return the same program over another graph."""
         return replace(self, graph=graph, signature=signature or self.signature)
+
+    def copied(self) -> Program:
+        """Return the same program over a graph of its own, for passes that edit in place."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        copied = replace(self, graph=graph)
+        copied.output_node.meta = dict(self.output_node.meta)
+        return copied
 
     def noting(self, *notes: str) -> Program:
         """Return the program with further notes for the report."""
@@ -168,7 +177,7 @@ class Program:
     @property
     def output_node(self) -> fx.Node:
         """The graph's output node."""
-        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        return self.graph.output_node()
 
     @property
     def output_values(self) -> list[Any]:

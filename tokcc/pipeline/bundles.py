@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from tokcc.backends.bundle import Bundle, BundleWriter
+from tokcc.backends.feeds import Feeds
 from tokcc.backends.ort import Session
 from tokcc.backends.parity import Tolerance, check_parity
 from tokcc.backends.reference import load_reference
 from tokcc.errors import UsageError
+from tokcc.pipeline.measuring import latency_of, output_contracts
 from tokcc.pipeline.stages import Stages
 from tokcc.progress import Progress, silent
 from tokcc.report.batches import InputSpec
@@ -69,9 +72,7 @@ def verify(
     with stages.stage("parity", len(pairs)) as advance:
         for feeds, outputs in pairs:
             names = list(outputs)
-            made = check_parity(
-                session.run, lambda _, outputs=outputs: list(outputs.values()), names, [feeds], Tolerance(atol, rtol)
-            )
+            made = check_parity(session.run, _always(outputs), names, [feeds], Tolerance(atol, rtol))
             for c in made:
                 known = checks.get(c.output)
                 if known is None or c.max_abs_diff - c.atol > known.max_abs_diff - known.atol:
@@ -92,6 +93,11 @@ def verify(
         inputs="kept in the bundle",
         checks=tuple(checks.values()),
     )
+
+
+def _always(outputs: Feeds) -> Callable[[Feeds], list[torch.Tensor]]:
+    """Return a reference that has run already."""
+    return lambda feeds: list(outputs.values())
 
 
 def _timing_feeds(bundle: Bundle, batch: int | None) -> dict[str, Array]:
@@ -145,18 +151,7 @@ def bench(
             seed=seed,
             on_round=lambda _: advance(1),
         )
-    import onnxruntime
-
-    shapes = {name: tuple(value.shape) for name, value in feeds.items()}
-    latency = timed.latency(
-        "baseline",
-        "engine",
-        threads=threads,
-        shapes=shapes,
-        runtime=f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider",
-        batch_size=next(iter(shapes.values()))[0] if shapes else None,
-    )
-    return Measured(latency)
+    return Measured(latency_of(timed, feeds, threads))
 
 
 def calibrate(
@@ -188,7 +183,7 @@ def calibrate(
     with stages.stage("read the calibration data"):
         loaded = load_calibration(data, specs, preprocessor=preprocessor, seed=seed)
     one, two = Session(baseline, threads=threads), Session(bundle.engine("onnx"), threads=threads)
-    meter = FidelityMeter(contracts=_contracts(report.policy.long_form, two.outputs))
+    meter = FidelityMeter(contracts=output_contracts(report, two.outputs))
     with stages.stage("measure fidelity", len(loaded.feeds)) as advance:
         for feed, labels in loaded.batches():
             meter.update(
@@ -202,17 +197,8 @@ def calibrate(
     feeds = dict(next(iter(loaded.batches()))[0])
     with stages.stage("measure latency"):
         timed = measure({"baseline": lambda: one.run(feeds), "engine": lambda: two.run(feeds)}, seed=seed)
-    import onnxruntime
-
-    shapes = {name: tuple(value.shape) for name, value in feeds.items()}
-    latency = timed.latency(
-        "baseline",
-        "engine",
-        threads=threads,
-        shapes=shapes,
-        runtime=f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider",
-        batch_size=next(iter(shapes.values()))[0] if shapes else None,
-    )
+    latency = latency_of(timed, feeds, threads)
+    shapes = latency.shapes
     same_shapes = report.totals.shapes == shapes
     totals = Totals.of(
         report.totals.flops_before if same_shapes else 0,
@@ -234,12 +220,6 @@ def calibrate(
     with BundleWriter(bundle.path, force=True, base=bundle) as writer:
         report = write_report(report, writer.path, images=loaded.images, texts=loaded.texts, bundle=str(bundle.path))
         return writer.commit(bundle.manifest.model_copy(update={"state": report.state}))
-
-
-def _contracts(policy: Mapping[str, Any], names: list[str]) -> dict[str, str]:
-    wanted = policy.get("outputs") or {}
-    chosen = {name: wanted.get(name, wanted.get("*", "full")) for name in names}
-    return {name: value if isinstance(value, str) else "rows" for name, value in chosen.items()}
 
 
 def rebuild_report(bundle: Bundle, *, progress: Progress | None = None) -> Bundle:

@@ -70,7 +70,8 @@ class Inspection:
                 rows.append({"preset": name, "fits": False, "layers": "", "why": error.what})
                 continue
             layers = ",".join(str(r.layer) for r in plan.reductions)
-            rows.append({"preset": name, "fits": True, "layers": layers, "why": preset.title})
+            why = preset.title if layers else f"{preset.title}: with its defaults it removes nothing from this model"
+            rows.append({"preset": name, "fits": bool(layers), "layers": layers, "why": why})
         return rows
 
 

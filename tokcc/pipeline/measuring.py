@@ -16,7 +16,7 @@ from torch.export.graph_signature import OutputKind
 
 from tokcc.analysis.ledger import Ledger, ledger
 from tokcc.backends.feeds import Feeds
-from tokcc.backends.ort import Session, inserted_seconds
+from tokcc.backends.ort import Session, inserted_share
 from tokcc.backends.parity import Check, numpy_feeds
 from tokcc.capture.loaded import Loaded
 from tokcc.config import LoadedPolicy
@@ -26,11 +26,13 @@ from tokcc.pipeline.reducing import Reduced
 from tokcc.pipeline.stages import Stages
 from tokcc.report.batches import InputSpec
 from tokcc.report.data import CalibrationData, load_calibration
-from tokcc.report.fidelity import FidelityMeter
+from tokcc.report.fidelity import Contract, FidelityMeter
 from tokcc.report.kept import KeptTokens
 from tokcc.report.machine import describe_machine
+from tokcc.report.measure import Measured as Timed
 from tokcc.report.measure import measure
 from tokcc.report.schema import (
+    Latency,
     LayerRow,
     ModelFacts,
     NodeCounts,
@@ -42,7 +44,7 @@ from tokcc.report.schema import (
     Totals,
 )
 
-__all__ = ["Measurement", "facts", "measure_engine"]
+__all__ = ["Measurement", "facts", "latency_of", "measure_engine", "output_contracts"]
 
 Array = npt.NDArray[Any]
 _PICTURES = 6
@@ -141,7 +143,8 @@ def _is_tensor(node: Any) -> bool:
 
 
 def _tensor(name: str, fake: torch.Tensor) -> TensorFacts:
-    shape = tuple(size if isinstance(size, int) else str(size) for size in fake.shape)
+    sizes: Sequence[Any] = fake.shape  # ints and SymInts; the stubs know ints only
+    shape = tuple(size if isinstance(size, int) else str(size) for size in sizes)
     return TensorFacts(name=name, dtype=str(fake.dtype).removeprefix("torch."), shape=shape)
 
 
@@ -268,18 +271,9 @@ def measure_engine(
             budget_s=how.budget_s,
             seed=how.seed,
         )
-        import onnxruntime
-
-        latency = timed.latency(
-            "baseline",
-            "engine",
-            threads=how.threads,
-            shapes=shapes,
-            runtime=f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider",
-            batch_size=next(iter(shapes.values()))[0] if shapes else None,
-        )
+        latency = latency_of(timed, timed_feed, how.threads)
         with tempfile.TemporaryDirectory(dir=engine.parent) as scratch:
-            inserted = inserted_seconds(engine, timed_feed, Path(scratch), threads=how.threads)
+            inserted = inserted_share(engine, timed_feed, Path(scratch), threads=how.threads)
     totals, rows = report.totals, report.layers
     if reduced.sites is not None and reduced.plan is not None:
         before = ledger(reduced.original, reduced.sites, shapes)
@@ -289,8 +283,8 @@ def measure_engine(
             before.total.flops,
             after.total.flops,
             latency=latency,
-            inserted_seconds=inserted,
-            inserted_how="onnxruntime profile, sum of the median kernel times of inserted nodes",
+            inserted_seconds=inserted * latency.engine.median,
+            inserted_how="share of the kernel time in onnxruntime's profile, times the median of the engine",
             shapes=shapes,
         )
     report = report.model_copy(
@@ -303,6 +297,28 @@ def measure_engine(
     )
     images, texts, kept = _pictures(reduced, data)
     return replace(how, report=report, images=images, texts=texts, kept=kept)
+
+
+def latency_of(timed: Timed, feeds: Mapping[str, Array], threads: int) -> Latency:
+    """Return what was timed, with how it was measured."""
+    import onnxruntime
+
+    shapes = {name: tuple(value.shape) for name, value in feeds.items()}
+    first = next((shape for shape in shapes.values() if shape), None)
+    return timed.latency(
+        "baseline",
+        "engine",
+        threads=threads,
+        shapes=shapes,
+        runtime=f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider",
+        batch_size=None if first is None else first[0],
+    )
+
+
+def output_contracts(report: Report, names: Sequence[str]) -> dict[str, Contract]:
+    """Return what the policy asked of each output."""
+    wanted = report.policy.long_form.get("outputs") or {}
+    return {name: wanted.get(name, wanted.get("*", "full")) for name in names}
 
 
 def _node_counts(baseline: Path, engine: Path) -> dict[str, Any]:
@@ -322,13 +338,7 @@ def _node_counts(baseline: Path, engine: Path) -> dict[str, Any]:
 def _with_fidelity(
     report: Report, reduced: Reduced, data: CalibrationData, one: Session, two: Session, stages: Stages
 ) -> Report:
-    contracts = dict.fromkeys(reduced.original.output_names, "full")
-    if reduced.plan is not None:
-        wanted = reduced.plan.outputs
-        for name in contracts:
-            contract = wanted.get(name, wanted.get("*", "full"))
-            contracts[name] = contract if isinstance(contract, str) else "rows"
-    meter = FidelityMeter(contracts=contracts)
+    meter = FidelityMeter(contracts=output_contracts(report, reduced.original.output_names))
     with stages.stage("measure fidelity", len(data.feeds)) as advance:
         for feed, labels in data.batches():
             meter.update(

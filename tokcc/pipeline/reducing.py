@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tokcc.analysis.sites import Sites, find_sites
 from tokcc.capture.fold_constants import FoldConstants
@@ -66,6 +66,7 @@ def reduce_program(program: Program, policy: LoadedPolicy, stages: Stages, *, sl
             result = SliceDemand(sites).run(reduced)
             sliced = result.program
             verify(sliced, "SliceDemand")
-            sliced = FoldConstants().run(sliced).program
+            # Folding edits in place, and slicing that finds nothing hands back the oracle's own graph.
+            sliced = FoldConstants().run(sliced.copied()).program
             verify(sliced, "FoldConstants")
-    return Reduced(program, replace(reduced), sliced, plan, sites)
+    return Reduced(program, reduced, sliced, plan, sites)

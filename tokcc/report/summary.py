@@ -223,9 +223,13 @@ def next_steps(report: Report, bundle: str) -> list[NextStep]:
     if report.latency is not None and report.latency.speedup.median < 1:
         steps.append(NextStep("the engine is slower here: use the original model at this shape, or a larger input"))
     if report.fidelity is None:
-        steps.append(NextStep("measure fidelity and speed on your data", f"tokcc calibrate {bundle} --data DATA"))
+        steps.append(
+            NextStep("measure fidelity on your data (after --keep-baseline)", f"tokcc calibrate {bundle} --data DATA")
+        )
     elif not missed:
         steps.append(NextStep("check the bundle where it is deployed", f"tokcc verify {bundle}"))
-        steps.append(NextStep("measure on the machine that will serve it", f"tokcc bench {bundle}"))
+        steps.append(
+            NextStep("measure on the machine that will serve it (after --keep-baseline)", f"tokcc bench {bundle}")
+        )
     steps.append(NextStep("open the whole report", f"tokcc report {bundle}"))
     return steps

@@ -61,7 +61,7 @@ def test_images() -> None:
 
 @torch.no_grad()
 def masked_form(model: Text, ids: Tensor, keep: str) -> tuple[Tensor, list[set[int]]]:
-    """As published: tokens stay in the tensor and are masked as keys from the next layer on; masked rows do not vote."""
+    """As published: tokens stay and are masked as keys from the next layer on; masked rows do not vote."""
     x = model.embed(ids)[0]
     n, width = len(x), WIDTH // HEADS
     alive = [True] * n

@@ -95,7 +95,7 @@ def test_dynamic_batch_and_sequence() -> None:
 
 @torch.no_grad()
 def test_size_weighted_sum_is_preserved() -> None:
-    """The stream's sum over original tokens is the size-weighted sum over merged ones (one merge, then read the stream)."""
+    """In a model whose blocks add nothing, the size-weighted sum over merged tokens is the sum over all tokens."""
     model = copy.deepcopy(vision())
     for block in model.blocks:
         assert isinstance(block, Block)

@@ -34,10 +34,10 @@ def pagerank(scene: Scene, iterations: tuple[int, int, int], low: float = 0.01, 
     n = scene.n
     squares, used = [0.0] * n, 0
     votes = []
-    for head in scene.probs:
+    for head in scene.probs.tolist():
         v = [1 / n] * n
         for _ in range(iterations[min(2, 3 * scene.layer // scene.depth)]):
-            v = [sum(float(head[i, j]) * v[i] for i in range(n)) for j in range(n)]
+            v = [sum(head[i][j] * v[i] for i in range(n)) for j in range(n)]
             assert sum(v) == pytest.approx(1, abs=1e-5)
         variance = sum((n * value - 1) ** 2 for value in v) / n
         votes.append((v, low <= variance <= high))

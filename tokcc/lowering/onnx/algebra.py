@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from tokcc.errors import LoweringError
-from tokcc.lowering.onnx.shapes import _transposed
+from tokcc.lowering.onnx.shapes import transposed
 from tokcc.lowering.onnx.translate import Translator, ir_dtype
 
 __all__ = ["LOWERINGS", "additive_mask", "probabilities"]
@@ -67,18 +67,10 @@ def layer_norm(
     """Layer norm over the last axes."""
     del rest
     dtype = node.meta["val"].dtype
-    if weight is None:
-        scale = t.op.constant(torch.ones(*shape).numpy(), ir_dtype(dtype))
-    else:
-        scale = t.value(weight)
-    return t.op(
-        "LayerNormalization",
-        t.value(x),
-        scale,
-        None if bias is None else t.value(bias),
-        axis=-len(shape),
-        epsilon=float(eps),
-    )
+    ones = torch.ones(*shape).numpy()
+    scale = t.op.constant(ones, ir_dtype(dtype)) if weight is None else t.value(weight)
+    shift = None if bias is None else t.value(bias)
+    return t.op("LayerNormalization", t.value(x), scale, shift, axis=-len(shape), epsilon=float(eps))
 
 
 def rms_norm(
@@ -170,19 +162,22 @@ def conv(
 ) -> Any:
     """Convolution over one, two or three axes."""
     dims = weight.meta["val"].ndim - 2
-    same = padding == "same"
-    pads = [0] * dims if isinstance(padding, str) else _each(padding, dims)
+    kernel, steps = [int(s) for s in weight.meta["val"].shape[2:]], _each(dilation, dims)
+    if padding == "same":  # written out: auto_pad takes no dilation in ONNX Runtime
+        spread = [step * (size - 1) for step, size in zip(steps, kernel, strict=True)]
+        pads = [*(total // 2 for total in spread), *(total - total // 2 for total in spread)]
+    else:
+        pads = ([0] * dims if isinstance(padding, str) else _each(padding, dims)) * 2
     return t.op(
         "Conv",
         t.value(x),
         t.value(weight),
         None if bias is None else t.value(bias),
         strides=_each(stride, dims),
-        pads=None if same else [*pads, *pads],
-        auto_pad="SAME_UPPER" if same else None,
-        dilations=_each(dilation, dims),
+        pads=pads,
+        dilations=steps,
         group=groups,
-        kernel_shape=[int(s) for s in weight.meta["val"].shape[2:]],
+        kernel_shape=kernel,
     )
 
 
@@ -236,12 +231,21 @@ def average_pool(
 
 
 def max_pool(
-    t: Translator, node: fx.Node, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil: bool = False
+    t: Translator,
+    node: fx.Node,
+    x: Any,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil: bool = False,
 ) -> Any:
     """Max pooling."""
     if ceil:
         raise LoweringError("max pooling with ceil_mode", node=node.name)
-    return _pool(t, "MaxPool", x, kernel, stride, padding, dilations=_each(dilation, 1 if x.meta["val"].ndim == 3 else 2))
+    return _pool(
+        t, "MaxPool", x, kernel, stride, padding, dilations=_each(dilation, 1 if x.meta["val"].ndim == 3 else 2)
+    )
 
 
 def adaptive_average(t: Translator, node: fx.Node, x: Any, size: Any) -> Any:
@@ -252,7 +256,7 @@ def adaptive_average(t: Translator, node: fx.Node, x: Any, size: Any) -> Any:
     return t.op("ReduceMean", t.value(x), t.op.ints(list(range(rank - len(size), rank))), keepdims=1)
 
 
-# attention ----------------------------------------------------------------------------------------------------------------
+# attention ------------------------------------------------------------------------------------------------------------
 
 
 def additive_mask(t: Translator, mask: Any, dtype: torch.dtype) -> Any:
@@ -266,7 +270,7 @@ def additive_mask(t: Translator, mask: Any, dtype: torch.dtype) -> Any:
 def probabilities(t: Translator, query: Any, key: Any, mask: Any, scale: float, dtype: torch.dtype, rank: int) -> Any:
     """``softmax(scale * q k^T + mask)``: one form for attention itself and for scores beside it."""
     perm = [*range(rank - 2), rank - 1, rank - 2]
-    logits = t.op("MatMul", t.op("Mul", query, t.value(scale, dtype)), _transposed(t, key, perm))
+    logits = t.op("MatMul", t.op("Mul", query, t.value(scale, dtype)), transposed(t, key, perm))
     if mask is not None:
         logits = t.op("Add", logits, mask)
     return t.op("Softmax", logits, axis=-1)

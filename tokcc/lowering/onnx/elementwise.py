@@ -291,22 +291,19 @@ LOWERINGS: dict[Any, Any] = {
         for name, op in (("floor", "Floor"), ("ceil", "Ceil"), ("round", "Round"))
     },
     **{
-        getattr(aten, name).Tensor: _binary(op)
-        for name, op in (("add", "Add"), ("sub", "Sub"), ("mul", "Mul"), ("div", "Div"))
+        getattr(getattr(aten, name), overload): _binary(op)
+        for name, op in {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div"}.items()
+        for overload in ("Tensor", "Scalar")
     },
     **{
-        getattr(aten, name).Scalar: _binary(op)
-        for name, op in (("add", "Add"), ("sub", "Sub"), ("mul", "Mul"), ("div", "Div"))
-    },
-    **{
-        getattr(getattr(aten, name), overload): _compare(*form)
-        for name, form in {
-            "eq": ("Equal",),
-            "ne": ("Equal", True),
-            "lt": ("Less",),
-            "le": ("LessOrEqual",),
-            "gt": ("Greater",),
-            "ge": ("GreaterOrEqual",),
+        getattr(getattr(aten, name), overload): _compare(op, negate=name == "ne")
+        for name, op in {
+            "eq": "Equal",
+            "ne": "Equal",
+            "lt": "Less",
+            "le": "LessOrEqual",
+            "gt": "Greater",
+            "ge": "GreaterOrEqual",
         }.items()
         for overload in ("Tensor", "Scalar")
     },
@@ -317,6 +314,8 @@ LOWERINGS: dict[Any, Any] = {
     aten.bitwise_not.default: bitwise_not,
     aten.maximum.default: _binary("Max"),
     aten.minimum.default: _binary("Min"),
+    aten.max.other: _binary("Max"),
+    aten.min.other: _binary("Min"),
     aten.div.Tensor_mode: div_mode,
     aten.div.Scalar_mode: div_mode,
     aten.floor_divide.default: floor_divide,

@@ -109,14 +109,8 @@ def flip(t: Translator, node: fx.Node, x: Any, dims: Sequence[int]) -> Any:
     del node
     axes = [d % _rank(x) for d in dims]
     count = len(axes)
-    return t.op(
-        "Slice",
-        t.value(x),
-        t.op.ints([-1] * count),
-        t.op.ints([-(2**62)] * count),
-        t.op.ints(axes),
-        t.op.ints([-1] * count),
-    )
+    last, beyond_first = t.op.ints([-1] * count), t.op.ints([-_END] * count)
+    return t.op("Slice", t.value(x), last, beyond_first, t.op.ints(axes), t.op.ints([-1] * count))
 
 
 def roll(t: Translator, node: fx.Node, x: Any, shifts: Sequence[int], dims: Sequence[int] = ()) -> Any:

@@ -28,6 +28,7 @@ class Recorder:
         self.scope = ""
         self._known: dict[Any, Any] = {}
         self._constants: dict[Any, ir.Value] = {}
+        self._operands: list[Any] = []
         self._names: dict[str, int] = {}
 
     def unique(self, name: str) -> str:
@@ -76,9 +77,8 @@ class Recorder:
         self.nodes.append(node)
         result = node.outputs[0] if outputs == 1 else tuple(node.outputs)
         if key is not None:
-            # The operands are kept beside the result, so that their ids stay taken.
             self._known[key] = result
-            self._constants[("operands", len(self.nodes))] = tuple(trimmed)  # type: ignore[assignment]  # keeps references
+            self._operands += trimmed  # kept, so that the ids in the key stay theirs
         return result
 
     def constant(self, value: Any, dtype: Any) -> ir.Value:

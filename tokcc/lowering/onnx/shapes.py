@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import fx
 
 from tokcc.errors import LoweringError
 from tokcc.lowering.onnx.translate import Translator, ir_dtype
 
-__all__ = ["LOWERINGS"]
+__all__ = ["LOWERINGS", "transposed"]
 
 aten = torch.ops.aten
+_LARGEST_CONSTANT = 4096
+"""Elements; what is larger is filled at run time."""
 
 
 def _rank(node: Any) -> int:
@@ -53,10 +56,11 @@ def permute(t: Translator, node: fx.Node, x: Any, dims: Sequence[int]) -> Any:
     """Reorder axes; two in a row become one."""
     del node
     rank = _rank(x)
-    return _transposed(t, t.value(x), [d % rank for d in dims])
+    return transposed(t, t.value(x), [d % rank for d in dims])
 
 
-def _transposed(t: Translator, value: Any, perm: list[int]) -> Any:
+def transposed(t: Translator, value: Any, perm: list[int]) -> Any:
+    """Reorder the axes of a value that may be a reordering itself."""
     producer = value.producer()
     if producer is not None and producer.op_type == "Transpose":
         inner = list(producer.attributes["perm"].as_ints())
@@ -179,28 +183,19 @@ def arange(t: Translator, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
     return made if dtype == torch.int64 else t.op("Cast", made, to=int(ir_dtype(dtype)))
 
 
-def _filled(t: Translator, node: fx.Node, value: float | bool) -> Any:
+def _filled(t: Translator, node: fx.Node, value: Any, sizes: Callable[[], Any]) -> Any:
+    """A constant where it is small, else a fill of the sizes."""
     fake = node.meta["val"]
-    import onnx_ir as ir
-
-    fill = ir.tensor([value], dtype=ir_dtype(fake.dtype))
-    static = all(isinstance(s, int) for s in fake.shape)
-    if static and fake.numel() == 1 and fake.ndim == 0:
-        return t.op.constant(value, ir_dtype(fake.dtype))
-    if static and fake.numel() <= 4096:
-        kind = ir_dtype(fake.dtype)
-        return t.op.constant(np.full(tuple(fake.shape), value, dtype=kind.numpy()), kind)
-    sizes = t.op.ints(list(fake.shape)) if static else None
-    return ("fill", fill, sizes)
+    dtype = ir_dtype(fake.dtype)
+    if all(isinstance(s, int) for s in fake.shape) and fake.numel() <= _LARGEST_CONSTANT:
+        return t.op.constant(np.full(tuple(fake.shape), value), dtype)
+    return t.op("ConstantOfShape", sizes(), value=ir.tensor([value], dtype=dtype))
 
 
 def full(t: Translator, node: fx.Node, shape: Sequence[Any], value: Any, **kwargs: Any) -> Any:
     """Constant tensor of sizes."""
     del kwargs
-    made = _filled(t, node, value)
-    if not isinstance(made, tuple):
-        return made
-    return t.op("ConstantOfShape", t.sizes(shape), value=made[1])
+    return _filled(t, node, value, lambda: t.sizes(shape))
 
 
 def new_full(t: Translator, node: fx.Node, x: Any, shape: Sequence[Any], value: Any, **kwargs: Any) -> Any:
@@ -228,10 +223,7 @@ def _like(value: float | None) -> Any:
     def lower(t: Translator, node: fx.Node, x: Any, *rest: Any, **kwargs: Any) -> Any:
         del kwargs
         number = rest[0] if value is None else value
-        made = _filled(t, node, number)
-        if not isinstance(made, tuple):
-            return made
-        return t.op("ConstantOfShape", made[2] or t.op("Shape", t.value(x)), value=made[1])
+        return _filled(t, node, number, lambda: t.op("Shape", t.value(x)))
 
     return lower
 

@@ -63,16 +63,16 @@ def scatter_tokens(t: Translator, node: fx.Node, base: Any, index: Any, values: 
     zero, one = t.op.constant(0, _INT), t.op.constant(1, _INT)
     samples = t.op("Range", zero, t.op("Squeeze", t.op("Shape", chosen, start=0, end=1)), one)
     rows = t.op("Expand", t.op("Unsqueeze", samples, t.op.ints([1])), t.op("Shape", chosen))
-    pairs = t.op(
-        "Concat", t.op("Unsqueeze", rows, t.op.ints([2])), t.op("Unsqueeze", chosen, t.op.ints([2])), axis=2
-    )
+    pairs = t.op("Concat", t.op("Unsqueeze", rows, t.op.ints([2])), t.op("Unsqueeze", chosen, t.op.ints([2])), axis=2)
     return t.op("ScatterND", t.value(base), pairs, t.value(values))
 
 
-def merge_tokens(t: Translator, node: fx.Node, x: Any, weight: Any, keep: Any, source: Any, slot: Any, first: int) -> Any:
+def merge_tokens(
+    t: Translator, node: fx.Node, x: Any, weight: Any, keep: Any, source: Any, slot: Any, first: int
+) -> Any:
     """``x_kept * (w_kept / total) + share @ x_source``: one product with the one-hot of the merged tokens' slots.
 
-    The product runs over all kept rows: it is small beside the copies that leaving out rows before ``first`` would need.
+    The product runs over all kept rows: it is small beside the copies that leaving out untouched rows would need.
     """
     del node, first
     dtype = x.meta["val"].dtype
@@ -132,12 +132,16 @@ def greedy_select(t: Translator, node: fx.Node, similarity: Any, unary: Any, fir
     depth = op("Squeeze", op("Shape", base, start=1, end=2))
     positions = op("Range", op.constant(0, _INT), depth, op.constant(1, _INT))
     start = op("ArgMax", t.value(first), axis=1, keepdims=1)  # [B, 1]
-    state = _update(op, op("Add", op("Mul", base, op.constant(0.0, np.float32)), op.constant(-1e30, np.float32)), start, table, positions, picked)
+    state = _update(
+        op,
+        op("Add", op("Mul", base, op.constant(0.0, np.float32)), op.constant(-1e30, np.float32)),
+        start,
+        table,
+        positions,
+        picked,
+    )
     count = t.size(k)
-    if isinstance(count, int):
-        trips = op.constant(count - 1, _INT)
-    else:
-        trips = op("Squeeze", op("Sub", count, op.ints([1])))
+    trips = op.constant(count - 1, _INT) if isinstance(count, int) else op("Squeeze", op("Sub", count, op.ints([1])))
     state = _loop(t, trips, state, base, table, positions, picked)
     # Recover the set: picked tokens first, in order of position.
     mark = op("Cast", op("Greater", state, op.constant(picked / 2, np.float32)), to=int(_INT))
@@ -147,7 +151,9 @@ def greedy_select(t: Translator, node: fx.Node, similarity: Any, unary: Any, fir
 
 def _update(op: Any, state: Any, choice: Any, table: Any, positions: Any, picked: float) -> Any:
     """``state <- max(state, similarity[choice])``, and mark the choice."""
-    row = op("Squeeze", op("GatherND", table, op("Unsqueeze", choice, op.ints([2])), batch_dims=1), op.ints([1]))  # [B, N]
+    row = op(
+        "Squeeze", op("GatherND", table, op("Unsqueeze", choice, op.ints([2])), batch_dims=1), op.ints([1])
+    )  # [B, N]
     best = op("Max", state, row)
     return op("Where", op("Equal", positions, choice), op.constant(picked, np.float32), best)
 
@@ -171,7 +177,9 @@ def _loop(t: Translator, trips: Any, state: Any, base: Any, table: Any, position
     scope = f"{t.op.scope}/loop"
     step = ir.Value(name=t.op.unique(f"{scope}/step"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
     going = ir.Value(name=t.op.unique(f"{scope}/going"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL))
-    held = ir.Value(name=t.op.unique(f"{scope}/state"), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None, None]))
+    held = ir.Value(
+        name=t.op.unique(f"{scope}/state"), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None, None])
+    )
     body = _Body(t.op, scope)
     score = body("Sub", base, held)
     choice = body("ArgMax", score, axis=1, keepdims=1)

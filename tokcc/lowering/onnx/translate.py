@@ -60,7 +60,7 @@ class Translator:
         self.env: dict[fx.Node, Any] = {}
         self._lazy: dict[fx.Node, tuple[str, torch.Tensor]] = {}
 
-    # values -------------------------------------------------------------------------------------------------------------
+    # values -----------------------------------------------------------------------------------------------------------
 
     def value(self, arg: Any, dtype: torch.dtype | None = None) -> Any:
         """Return the ONNX value of an argument; numbers become constants of ``dtype``, tensors are cast to it."""
@@ -137,7 +137,7 @@ class Translator:
         size = self.size(arg)
         return self.op.ints([size]) if isinstance(size, int) else size
 
-    # the walk -----------------------------------------------------------------------------------------------------------
+    # the walk ---------------------------------------------------------------------------------------------------------
 
     def run(self) -> ir.Model:
         """Translate the whole program."""
@@ -193,7 +193,8 @@ class Translator:
             value.type = ir.TensorType(ir_dtype(fake.dtype))
 
     def _shape(self, fake: torch.Tensor) -> ir.Shape:
-        return ir.Shape([size if isinstance(size, int) else _dim_name(size) for size in fake.shape])
+        sizes: Sequence[Any] = fake.shape  # ints and SymInts; the stubs know ints only
+        return ir.Shape([size if isinstance(size, int) else _dim_name(size) for size in sizes])
 
     def _outputs(self) -> list[ir.Value]:
         values = self.program.output_values

@@ -1,1 +1,0 @@
-../../tokcc/progress.py
