@@ -13,7 +13,7 @@ __all__ = ["interleaved", "matched_per_sample", "pairs", "pairs_per_sample"]
 
 aten = torch.ops.aten
 
-_PADDING, _SOURCE = 2**30, 2**30 + 1
+_PADDING, _SOURCE = 2**23, 2**23 + 1
 """Places behind every token that stays: padding, and last the tokens that are merged away."""
 
 

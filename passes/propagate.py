@@ -17,6 +17,7 @@ from torch.export.graph_signature import (
 from torch.export.graph_signature import OutputSpec as ExportOutputSpec
 
 from tokcc.analysis.walk import Action, Walk
+from tokcc.errors import AxisError
 from tokcc.ir.builder import Builder, GraphBuilder
 from tokcc.ir.edit import fake_mode_of, remove_dead
 from tokcc.ir.program import PassResult, Program
@@ -55,7 +56,14 @@ def reduce_walk(
     if outputs.restore_at is not None:
         actions.setdefault(outputs.restore_at, []).append(_RestoreStream())
     walk = Walk(program, builder, plan.sites.entry, actions=actions, inputs=inputs)
-    values = walk.run()
+    made = len(plan.made)
+    try:
+        values = walk.run()
+    except AxisError as error:
+        # What a node behind a reduction refuses is about that reduction: the last one that was made.
+        if error.policy is not None or len(plan.made) == made:
+            raise
+        raise plan.reductions[len(plan.made) - made - 1].refused(error) from error
     return walk, contract_outputs(walk, outputs, values)
 
 

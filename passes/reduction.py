@@ -72,14 +72,18 @@ class PlannedReduction:
             with walk.builder.inserting(f"{self.name}@{self.layer}"):
                 return self._apply(walk, value)
         except AxisError as error:
-            raise AxisError(
-                f"cannot {self.node} tokens at layer {self.layer}: {error.what}",
-                policy=self.where,
-                node=error.node,
-                needed=error.needed,
-                found=error.found,
-                help=error.help,
-            ) from error
+            raise self.refused(error) from error
+
+    def refused(self, error: AxisError) -> AxisError:
+        """Return an error of the graph as one about this reduction."""
+        return AxisError(
+            f"cannot {self.node} tokens at layer {self.layer}: {error.what}",
+            policy=self.where,
+            node=error.node,
+            needed=error.needed,
+            found=error.found,
+            help=error.help,
+        )
 
     def _apply(self, walk: Walk, value: Value) -> Value:
         b = walk.builder

@@ -9,8 +9,6 @@ def reference(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> 
     logits = (query * scale) @ key.transpose(-1, -2)  # [B, H, R, N]
     if mask is None:
         return torch.softmax(logits, dim=-1)
-    if mask.dtype == torch.bool:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    else:
-        logits = logits + mask
+    hidden = mask.dtype == torch.bool
+    logits = logits.masked_fill(~mask, -torch.inf) if hidden else logits + mask
     return torch.nan_to_num(torch.softmax(logits, dim=-1), nan=0.0)

@@ -12,9 +12,9 @@ __all__ = ["greedy_select"]
 def greedy_select(similarity: Tensor, unary: Tensor, first: Tensor, k: int) -> Tensor:
     """Greedy selection against redundancy.
 
-    The first pick is ``argmax(first)``; each further one is ``argmax_i unary_i - max_{s picked} similarity_{s,i}`` over
-    the tokens not yet picked. With ``unary = 0`` this is farthest-point (max-min) selection, with a scaled importance it
-    is maximal marginal relevance. Ties go to the lower position.
+    The first pick is ``argmax(first)``; each further one is ``argmax_i unary_i - max_{s picked} similarity_{s,i}``
+    over the tokens not yet picked. With ``unary = 0`` this is farthest-point (max-min) selection, with a scaled
+    importance it is maximal marginal relevance. Ties go to the lower position.
 
     Args:
         similarity: ``[B, N, N]``, fp32.

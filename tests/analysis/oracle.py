@@ -179,7 +179,9 @@ class Reduce:
 # tracing --------------------------------------------------------------------------------------------------------------
 
 
-def make_program(fn: Callable[..., Any], inputs: Sequence[Tensor], dynamic: Sequence[set[int]] | None = None) -> Program:
+def make_program(
+    fn: Callable[..., Any], inputs: Sequence[Tensor], dynamic: Sequence[set[int]] | None = None
+) -> Program:
     """Trace to aten without decomposing anything; ``dynamic`` are the symbolic axes of each input."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     fakes = []
@@ -208,7 +210,7 @@ def _entry(program: Program, layout: str) -> Entry:
 
 
 def _cut(program: Program, entry: Entry) -> str:
-    """The node where the reductions go: the first ``alias`` (which is what a skip connection goes around), or the entry."""
+    """Where the reductions go: the first ``alias`` (what a skip connection goes around), or the entry."""
     return next((node.name for node in program.graph.nodes if node.target is aten.alias.default), entry.node)
 
 
@@ -299,8 +301,7 @@ def _expected(case: Case, left: _Left, own: int, inputs: dict[str, Tensor], batc
     x = left.rows[owner][None]  # [1, copies, C]
     representative = torch.tensor(left.kept)[owner]
     sides = {
-        name: sample(inputs[name], side.layout, batch, tokens, own, representative)
-        for name, side in case.sides.items()
+        name: sample(inputs[name], side.layout, batch, tokens, own, representative) for name, side in case.sides.items()
     }
     outputs = _as_tuple(case.fn(x if case.layout == "b n c" else x.transpose(0, 1), **sides))
     slots = sorted(set(left.owner))
@@ -342,7 +343,9 @@ def check(case: Case, kinds: tuple[Kind, ...], *, batch: int, tokens: int, dynam
     def positional(*args: Tensor) -> Any:
         return case.fn(args[0], **dict(zip(names[1:], args[1:], strict=True)))
 
-    program = make_program(positional, list(traced.values()), [_moving(layout) for layout in layouts] if dynamic else None)
+    program = make_program(
+        positional, list(traced.values()), [_moving(layout) for layout in layouts] if dynamic else None
+    )
     inputs = made(batch, tokens) if dynamic else traced
     actions = [Reduce(kind) for kind in kinds]
     _, values = walk_eager(program, case.layout, actions, list(inputs.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_fusing_and_splitting_along_factors(case: tuple[list[Factor], list[list[
     for axis, group in zip(found, target, strict=True):
         before = {id(f.space) for f in axis if f.space is not None}
         assert before == {id(f.space) for f in group if f.space is not None}
-        assert not any(a.space is None and b.space is None for a, b in zip(axis, axis[1:], strict=False))
+        assert not any(a.space is None and b.space is None for a, b in pairwise(axis))
 
 
 @given(fused(), st.integers(2, 6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from tests.analysis.oracle import Kind, Reduce, make_program, walk_eager, walk_graph
 from tests.zoo import ZOO
+from tokcc.analysis.walk import Entry, Walk
 from tokcc.errors import AxisError
+from tokcc.ir.builder import EagerBuilder
+from tokcc.ir.program import Program
 from tokcc.testing import reduce_program, run_eager, run_program, trace
 
 aten = torch.ops.aten
@@ -118,9 +122,6 @@ def test_a_post_norm_stream_is_restored_behind_its_norm(inputs: list[Tensor]) ->
     x, weight = inputs
     program = make_program(fn, inputs)
     cut = next(node for node in program.graph.nodes if node.target is aten.layer_norm.default)
-    from tokcc.analysis.walk import Entry, Walk
-    from tokcc.ir.builder import EagerBuilder
-
     names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
     action = Reduce("drop", restore="scatter")
     walk = Walk(
@@ -202,22 +203,17 @@ def test_a_fused_axis_cannot_be_restored(inputs: list[Tensor]) -> None:
         _both(fn, inputs[:1], "drop", "scatter")
 
 
-SWIN = {
-    "version": 1,
-    "steps": [
-        {
-            "preset": "tome",
-            "r": 8,
-            "at": {"layers": [0]},
-            "select": {"kind": "bipartite", "of": "features"},
-            "restore": "unmerge",
-        }
-    ],
+MERGE: dict[str, Any] = {
+    "preset": "tome",
+    "r": 8,
+    "at": {"layers": [0]},
+    "select": {"kind": "bipartite", "of": "features"},
 }
+SWIN = {"version": 1, "steps": [{**MERGE, "restore": "unmerge"}]}
 
 
 def test_swin_merges_between_windows() -> None:
-    """Windowed attention runs over all tokens, the MLP of the reduced layer over fewer; patch merging sees all again."""
+    """Windowed attention runs over all tokens, the MLP behind the cut over fewer; patch merging sees all again."""
     entry = ZOO["swin"]
     inputs = entry.inputs(2)
     program = trace(entry.build(), inputs)
@@ -235,15 +231,13 @@ def test_swin_merges_between_windows() -> None:
     assert all(n.meta["val"].shape == o.meta["val"].shape for n, o in zip(windows, _attentions(program), strict=True))
 
 
-def _attentions(program: object) -> list[torch.fx.Node]:
-    graph = program.graph  # type: ignore[attr-defined]
-    return [n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default]
+def _attentions(program: Program) -> list[torch.fx.Node]:
+    return [n for n in program.graph.nodes if n.target is aten.scaled_dot_product_attention.default]
 
 
 def test_swin_without_restore_says_what_to_do() -> None:
     entry = ZOO["swin"]
     program = trace(entry.build(), entry.inputs(2))
-    policy = {"version": 1, "steps": [{k: v for k, v in SWIN["steps"][0].items() if k != "restore"}]}  # type: ignore[index]
     with pytest.raises(AxisError, match="splits the token axis") as caught:
-        reduce_program(program, policy)
+        reduce_program(program, {"version": 1, "steps": [MERGE]})
     assert "restore: unmerge" in str(caught.value.help)

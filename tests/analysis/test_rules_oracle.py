@@ -1,7 +1,7 @@
 """The one oracle test of the axis rules: ``rule(op)(reduce(x))`` equals ``reduce(op(x))``.
 
-For every operation family and every placement of the token axis, with side operands in every broadcast form, eagerly and
-in a graph, against plain Python that knows nothing of tags (see :mod:`tests.analysis.oracle`).
+For every operation family and every placement of the token axis, with side operands in every broadcast form, eagerly
+and in a graph, against plain Python that knows nothing of tags (see :mod:`tests.analysis.oracle`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from tokcc.ir.value import Value
 
 aten = torch.ops.aten
 CASES: list[Case] = [
-    case
-    for family in (views, indexing, matmul, attention, norm, reduction, pointwise, skips)
-    for case in family.CASES
+    case for family in (views, indexing, matmul, attention, norm, reduction, pointwise, skips) for case in family.CASES
 ]
 CHECKS = [(case, kinds) for case in CASES for kinds in case.kinds]
 DYNAMIC = [(case, kinds) for case in CASES if case.dynamic for kinds in (case.kinds[0], case.kinds[-1])]

@@ -65,10 +65,25 @@ CASES = [
         "convolution",
         "convolution",
     ),
-    Refused("layer over tokens", lambda x: aten.linear.default(x.transpose(1, 2), _weight(5, 12)), "mixes the token axis", "linear"),
+    Refused(
+        "layer over tokens",
+        lambda x: aten.linear.default(x.transpose(1, 2), _weight(5, 12)),
+        "mixes the token axis",
+        "linear",
+    ),
     Refused("mixer", lambda x: aten.matmul.default(_weight(12, 12), x), "without attention weights", "matmul"),
-    Refused("vector over tokens", lambda x: aten.matmul.default(x.transpose(1, 2), _weight(12)), "attention weights", "matmul"),
-    Refused("addmm over tokens", lambda x: aten.addmm.default(_weight(5), x[0].t(), _weight(12, 5)), "mixes the token axis", "addmm"),
+    Refused(
+        "vector over tokens",
+        lambda x: aten.matmul.default(x.transpose(1, 2), _weight(12)),
+        "attention weights",
+        "matmul",
+    ),
+    Refused(
+        "addmm over tokens",
+        lambda x: aten.addmm.default(_weight(5), x[0].t(), _weight(12, 5)),
+        "mixes the token axis",
+        "addmm",
+    ),
     Refused("gram matrix", lambda x: aten.matmul.default(x.transpose(1, 2), x), "without attention weights", "matmul"),
     Refused("gram matrix, bmm", lambda x: aten.bmm.default(x.transpose(1, 2), x), "without attention weights", "bmm"),
     Refused(
@@ -90,12 +105,21 @@ CASES = [
         "matmul",
     ),
     Refused("sum", lambda x: aten.sum.dim_IntList(x, [1]).relu(), "a sum over the token axis is used", "relu"),
-    Refused("sum into a layer", lambda x: aten.linear.default(x.sum(1), _weight(8, 8)), "a sum over the token axis", "linear"),
+    Refused(
+        "sum into a layer",
+        lambda x: aten.linear.default(x.sum(1), _weight(8, 8)),
+        "a sum over the token axis",
+        "linear",
+    ),
     Refused("sum of everything", lambda x: aten.sum.default(x) * 1.0, "a sum over the token axis", "sum"),
     Refused("sum by a number", lambda x: x.sum(1) / 12, "divided by a fixed number", "div"),
-    Refused("sum by another sum", lambda x: x.sum(1) / torch.ones(2, 8).sum(1, keepdim=True), "divided by a sum over", "div"),
+    Refused(
+        "sum by another sum", lambda x: x.sum(1) / torch.ones(2, 8).sum(1, keepdim=True), "divided by a sum over", "div"
+    ),
     Refused("sum by a table", lambda x: x.sum(1) / (torch.ones(2, 8) * 3), "not count", "div"),
-    Refused("clamped sum", lambda x: x.sum(1).clamp(min=0) / torch.ones(2, 12).sum(1, keepdim=True), "not such a sum", "div"),
+    Refused(
+        "clamped sum", lambda x: x.sum(1).clamp(min=0) / torch.ones(2, 12).sum(1, keepdim=True), "not such a sum", "div"
+    ),
     Refused("sum below the line", lambda x: torch.ones(2, 8) / x.sum(1), "not such a sum", "div"),
     Refused("sum and more", lambda x: x.sum(1) + x[:, 0], "a sum over the token axis is used", "add"),
     Refused("mean of everything", lambda x: aten.mean.default(x), "together with other axes", "mean"),
@@ -108,10 +132,14 @@ CASES = [
     Refused("any token", lambda x: aten.any.dim(x > 0, 1), "miss the dropped tokens", "any"),
     Refused("any at all", lambda x: aten.any.default(x > 0), "miss the dropped tokens", "any"),
     Refused("all tokens", lambda x: aten.all.dim(x > 0, 1), "miss the dropped tokens", "all"),
-    Refused("norm over tokens", lambda x: aten.linalg_vector_norm.default(x, 2, [1]), "miss the dropped tokens", "linalg"),
+    Refused(
+        "norm over tokens", lambda x: aten.linalg_vector_norm.default(x, 2, [1]), "miss the dropped tokens", "linalg"
+    ),
     Refused("norm over tokens, old", lambda x: aten.norm.ScalarOpt_dim(x, 2, [1]), "miss the dropped tokens", "norm"),
     Refused("layer norm over tokens", lambda x: aten.layer_norm.default(x, [12, 8]), "normalisation", "layer_norm"),
-    Refused("rms norm over tokens", lambda x: aten.rms_norm.default(x.transpose(1, 2), [12]), "normalisation", "rms_norm"),
+    Refused(
+        "rms norm over tokens", lambda x: aten.rms_norm.default(x.transpose(1, 2), [12]), "normalisation", "rms_norm"
+    ),
     Refused("group norm", lambda x: aten.group_norm.default(x.transpose(1, 2), 2), "normalisation", "group_norm"),
     Refused(
         "batch norm per token",
@@ -127,17 +155,41 @@ CASES = [
     Refused("unfold", lambda x: aten.unfold.default(x, 1, 3, 1), "no axis rule", "unfold"),
     Refused("unknown operation", lambda x: aten.logcumsumexp.default(x, 1), "no axis rule", "logcumsumexp"),
     Refused("index", lambda x: aten.index.Tensor(x, [None, torch.arange(3)]), "no axis rule", "index"),
-    Refused("gather", lambda x: aten.gather.default(x, 1, torch.zeros(2, 3, 8, dtype=torch.int64)), "computed", "gather"),
+    Refused(
+        "gather", lambda x: aten.gather.default(x, 1, torch.zeros(2, 3, 8, dtype=torch.int64)), "computed", "gather"
+    ),
     Refused("index_select", lambda x: aten.index_select.default(x, 1, torch.arange(3)), "computed", "index_select"),
     Refused("select", lambda x: aten.select.int(x, 1, 5), "token 5 is selected", "select", help="protect: {first: 6}"),
-    Refused("select the last", lambda x: aten.select.int(x, 1, -1), "token 11 is selected", "select", help="protect: {first: 12}"),
-    Refused("slice", lambda x: aten.slice.Tensor(x, 1, 0, 6), "may have been dropped", "slice", help="protect: {first: P}"),
-    Refused("slice the rest", lambda x: aten.slice.Tensor(x, 1, 5, 99), "may have been dropped", "slice", help="protect: {first: P}"),
-    Refused("every second", lambda x: aten.slice.Tensor(x, 1, 0, 99, 2), "with a step", "slice", help="protect: {first: P}"),
+    Refused(
+        "select the last",
+        lambda x: aten.select.int(x, 1, -1),
+        "token 11 is selected",
+        "select",
+        help="protect: {first: 12}",
+    ),
+    Refused(
+        "slice", lambda x: aten.slice.Tensor(x, 1, 0, 6), "may have been dropped", "slice", help="protect: {first: P}"
+    ),
+    Refused(
+        "slice the rest",
+        lambda x: aten.slice.Tensor(x, 1, 5, 99),
+        "may have been dropped",
+        "slice",
+        help="protect: {first: P}",
+    ),
+    Refused(
+        "every second", lambda x: aten.slice.Tensor(x, 1, 0, 99, 2), "with a step", "slice", help="protect: {first: P}"
+    ),
     Refused("slice a fused axis", lambda x: aten.slice.Tensor(PLACES["(n b) c"](x), 0, 0, 4), "fused", "slice"),
-    Refused("split", lambda x: aten.split.Tensor(x, 6, 1)[0], "the token axis is split", "split", help="protect: {first: P}"),
-    Refused("split by sizes", lambda x: aten.split_with_sizes.default(x, [5, 7], 1)[1], "is split", "split", help="protect"),
-    Refused("split by sizes, composite", lambda x: aten.split.sizes(x, [5, 7], 1)[0], "is split", "split", help="protect"),
+    Refused(
+        "split", lambda x: aten.split.Tensor(x, 6, 1)[0], "the token axis is split", "split", help="protect: {first: P}"
+    ),
+    Refused(
+        "split by sizes", lambda x: aten.split_with_sizes.default(x, [5, 7], 1)[1], "is split", "split", help="protect"
+    ),
+    Refused(
+        "split by sizes, composite", lambda x: aten.split.sizes(x, [5, 7], 1)[0], "is split", "split", help="protect"
+    ),
     Refused("chunk", lambda x: aten.chunk.default(x, 2, 1)[1], "is split", "chunk", help="protect"),
     Refused("unbind", lambda x: aten.unbind.int(x, 1)[0], "taken apart", "unbind"),
     Refused("split the batch", lambda x: aten.split.Tensor(x, 1, 0)[0], "the batch axis is", "split"),
@@ -191,4 +243,3 @@ def test_refused(case: Refused, how: str) -> None:
     assert "->" in error.node
     assert error.help is not None
     assert case.help in error.help
-

@@ -117,7 +117,9 @@ def test_post_norm_cuts_are_the_norms() -> None:
 def test_pre_norm_cuts_are_the_residual_sums() -> None:
     _, program, sites = _found("vit", False)
     targets = {node.name: node.target for node in program.graph.nodes}
-    assert all(targets[str(name)] is aten.add.Tensor for x in sites.layers for name in (x.after_attention, x.block_output))
+    assert all(
+        targets[str(name)] is aten.add.Tensor for x in sites.layers for name in (x.after_attention, x.block_output)
+    )
 
 
 def test_attention_written_out_has_the_same_cuts_as_fused() -> None:
@@ -139,7 +141,7 @@ def test_windows_are_named() -> None:
     assert sites.cut(3, "block_output") is None
 
 
-# hand-made models --------------------------------------------------------------------------------------------------------
+# hand-made models -----------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -200,7 +202,8 @@ def test_the_token_axis_is_found_where_sizes_coincide(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [nn.Sequential(nn.Linear(8, 8), nn.GELU()), nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1), nn.Linear(8, 8))]
+    "module",
+    [nn.Sequential(nn.Linear(8, 8), nn.GELU()), nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1), nn.Linear(8, 8))],
 )
 def test_a_model_without_attention_is_refused(module: nn.Module) -> None:
     with pytest.raises(PlanError, match="no attention found"):

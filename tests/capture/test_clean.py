@@ -60,7 +60,9 @@ def _run(step: Pass, fn: Callable[..., Any], dynamic: bool = False, **tables: Te
     result = step.run(program)
     verify(result.program, type(step).__name__)
     for feed, wanted in zip(feeds, expected, strict=True):
-        for found, value in zip(run_program(result.program, feed), torch.utils._pytree.tree_leaves(wanted), strict=True):
+        for found, value in zip(
+            run_program(result.program, feed), torch.utils._pytree.tree_leaves(wanted), strict=True
+        ):
             torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-6)
     again = step.run(result.program)
     assert not again.modified, "a second run finds nothing to do"
@@ -234,6 +236,24 @@ def test_an_additive_mask_of_zeros_goes() -> None:
         program, modified = _run(NarrowMasks(), fn)
         assert modified
         assert aten.add.Tensor not in _targets(program)
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        lambda x: x.new_full([7], False, dtype=torch.bool).logical_not() & (torch.arange(3, -4, -1) >= 0),
+        lambda x: x.new_full([2, 7, 7], False, dtype=torch.bool) | torch.eye(7, dtype=torch.bool),
+        lambda x: torch.arange(7) - 3 >= 0,
+        lambda x: torch.add(torch.arange(7), torch.arange(7), alpha=-1) - torch.arange(7) >= 0,
+        lambda x: torch.arange(7) >= 1,
+    ],
+)
+def test_a_mask_that_hides_something_is_kept(seen: Callable[[Tensor], Tensor]) -> None:
+    def fn(m: Function, x: Tensor, mask: Tensor) -> Tensor:
+        return _attend(x, seen(x).expand(2, 1, 7, 7) if seen(x).ndim < 3 else seen(x)[:, None])
+
+    program, _ = _run(NarrowMasks(), fn)
+    assert _attention_mask(program) is not None
 
 
 def test_a_band_is_kept() -> None:

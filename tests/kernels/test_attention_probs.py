@@ -26,7 +26,9 @@ def brute_force(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -
             for r in range(rows):
                 logits = []
                 for n in range(tokens):
-                    value = scale * sum(a * c for a, c in zip(query[b, h, r].tolist(), key[b, h, n].tolist(), strict=True))
+                    value = scale * sum(
+                        a * c for a, c in zip(query[b, h, r].tolist(), key[b, h, n].tolist(), strict=True)
+                    )
                     if full is not None:
                         own = full[b, h, r, n].item()
                         value = (value if own else -math.inf) if full.dtype == torch.bool else value + own
@@ -39,7 +41,9 @@ def brute_force(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -
     return out
 
 
-def _inputs(tokens: int, rows: int, form: tuple[int, int, int] | None, kind: str, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _inputs(
+    tokens: int, rows: int, form: tuple[int, int, int] | None, kind: str, seed: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     generator = torch.Generator().manual_seed(seed)
     query, key = (torch.randn(2, 2, n, 3, generator=generator) for n in (rows, tokens))
     if form is None:

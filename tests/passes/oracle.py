@@ -301,7 +301,7 @@ def compare(
     *,
     dynamic: Any = None,
     traced: Feeds | None = None,
-    full: bool = True,
+    full: bool = False,
 ) -> list[Result]:
     """Check a preset against the oracle: outputs, kept tokens, pairs and sizes of every sample of a batch.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.passes.oracle import policy
 from tests.passes.reference_models import sentences, text
-from tokcc.testing import reduce_program, run_eager, run_program, trace
+from tokcc.testing import run_eager, trace
 
 
 class Masked(nn.Module):
@@ -38,10 +38,10 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_masks_per_sample(form: str) -> None:
     model, feeds = Masked(FORMS[form]), sentences([14, 8])
     step = policy({"preset": "tome", "r": 3}, "full")
-    batch = run_program(reduce_program(trace(model, feeds), step)[0], feeds)[0]
+    batch, _ = run_eager(trace(model, feeds), step, feeds)
     alone = {name: t[1:, :8] for name, t in feeds.items()}
-    single = run_program(reduce_program(trace(model, alone), step)[0], alone)[0]
-    torch.testing.assert_close(batch[1, :8], single[0], rtol=0, atol=1e-4)
+    single, _ = run_eager(trace(model, alone), step, alone)
+    torch.testing.assert_close(batch[0][1, :8], single[0][0], rtol=0, atol=1e-4)
 
 
 SHARED: dict[str, Callable[[Tensor], Tensor]] = {

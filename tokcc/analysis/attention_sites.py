@@ -120,7 +120,9 @@ def _written_out(softmax: fx.Node) -> AttentionSite | None:
                         probs=probs.name,
                         transposed=True,
                     )
-        onward = [u for u in probs.users if u.target in (aten._to_copy.default, aten.dropout.default, aten.reshape.default)]
+        onward = [
+            u for u in probs.users if u.target in (aten._to_copy.default, aten.dropout.default, aten.reshape.default)
+        ]
         if len(onward) != 1:
             return None
         probs = onward[0]

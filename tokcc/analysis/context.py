@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx
 
+from tokcc.analysis.remapping import move, product
 from tokcc.errors import AxisError
 from tokcc.ir.builder import Builder, same_size
 from tokcc.ir.space import Axis, Factor, TokenSpace, common_descendant, is_ancestor
@@ -50,7 +51,7 @@ class Context:
 
     # messages ---------------------------------------------------------------------------------------------------------
 
-    def fail(self, what: str, *, needed: str | None = None, help: str | None = None) -> NoReturn:  # noqa: A002 - as shown
+    def fail(self, what: str, *, needed: str | None = None, help: str | None = None) -> NoReturn:
         """Raise an :class:`AxisError` that names the node in work."""
         raise AxisError(
             what,
@@ -73,7 +74,7 @@ class Context:
         name = getattr(node.target, "__name__", str(node.target))
         return f"{node.name} ({path or name}): {', '.join(shapes) or '-'} -> {out}  [{name}]"
 
-    # emission -----------------------------------------------------------------------------------------------------------
+    # emission ---------------------------------------------------------------------------------------------------------
 
     def emit(self, *args: Any, **kwargs: Any) -> Any:
         """Emit the node in work with new arguments, or copy it where nothing it reads is reduced."""
@@ -92,7 +93,7 @@ class Context:
         """Return the sizes of a fake tensor of the unreduced graph."""
         return tuple(self.old_size(size) for size in tensor.shape)
 
-    # sizes --------------------------------------------------------------------------------------------------------------
+    # sizes ------------------------------------------------------------------------------------------------------------
 
     def factor_size(self, factor: Factor) -> Any:
         """Return a factor's current size as an argument."""
@@ -116,7 +117,7 @@ class Context:
         """Return the current size of one axis of a value as an argument."""
         return self.builder.size(value.handle, axis)
 
-    # moving between spaces ----------------------------------------------------------------------------------------------
+    # moving between spaces --------------------------------------------------------------------------------------------
 
     def index_between(self, source: TokenSpace, target: TokenSpace) -> Any:
         """Return positions in ``source`` of each token of ``target``: int64 ``[B, K]`` or ``[K]``."""
@@ -124,13 +125,11 @@ class Context:
         if key in self._index:
             return self._index[key]
         assert target.parent is not None
-        last = self.own_index(target)
-        if target.parent is source:
-            result = last
-        else:
-            result = self._compose(self.index_between(source, target.parent), last)
-        self._index[key] = result
-        return result
+        index = self.own_index(target)
+        if target.parent is not source:
+            index = self._compose(self.index_between(source, target.parent), index)
+        self._index[key] = index
+        return index
 
     def own_index(self, space: TokenSpace) -> Any:
         """Return a space's index into its parent, making it where the space is derived."""
@@ -179,7 +178,9 @@ class Context:
             )
         return space.tails[first]
 
-    def remap(self, value: Value, axis: int, position: int, target: TokenSpace, batch: tuple[int, Axis] | None) -> Value:
+    def remap(
+        self, value: Value, axis: int, position: int, target: TokenSpace, batch: tuple[int, Axis] | None
+    ) -> Value:
         """Bring one factor of one axis of a value down to a space below its own.
 
         Args:
@@ -187,8 +188,8 @@ class Context:
             axis: Which axis.
             position: Which factor of it.
             target: The space to go to.
-            batch: For a value without a batch axis: the axis (of size one in the value) where the batch stands, and that
-                axis's factors.
+            batch: For a value without a batch axis: the axis (of size one in the value) where the batch stands, and
+                that axis's factors.
         """
         factor = value.axes[axis][position]
         source = factor.space or target.root
@@ -203,109 +204,10 @@ class Context:
         spaces = tuple(tuple(f.space for f in a) for a in value.axes)
         key = (id(value.handle), spaces, axis, position, target, None if batch is None else batch[0])
         if key not in self._remapped:
-            self._remapped[key] = (value.handle, self._remap(value, axis, position, source, target, batch))
+            self._remapped[key] = (value.handle, move(self, value, axis, position, source, target, batch))
         return self._remapped[key][1]  # type: ignore[no-any-return]  # a Value, stored above
 
-    def _remap(
-        self,
-        value: Value,
-        axis: int,
-        position: int,
-        source: TokenSpace,
-        target: TokenSpace,
-        batch: tuple[int, Axis] | None,
-    ) -> Value:
-        if any(len(a) > 1 for a in value.axes):
-            return self._remap_fused(value, axis, position, target, batch)
-        path = [space for space in target.chain if is_ancestor(source, space) and space is not source]
-        if not value.side and self.builder.dtype(value.handle).is_floating_point and any(s.merge for s in path):
-            for space in path:
-                value = space.merge(self, value, axis) if space.merge else self._gather(value, axis, space, batch)
-            return value
-        if len(path) == 1 and target.rows is not None:
-            return self._take_rows(value, axis, target)
-        return self._gather(value, axis, target, batch)
-
-    def _gather(self, value: Value, axis: int, target: TokenSpace, batch: tuple[int, Axis] | None) -> Value:
-        b = self.builder
-        source = (value.axes[axis][0].space if value.axes[axis] else None) or target.root
-        index = self.index_between(source, target)
-        axes = list(value.axes)
-        axes[axis] = (Factor(target, target.root.old),)
-        if len(b.shape(index)) == 1:
-            handle = b.call(aten.index_select.default, value.handle, axis, index)
-            return value.having(handle=handle, axes=tuple(axes))
-        where = value.batch_axis()
-        if where is None:
-            if batch is None:
-                self.fail("a table shared by all samples meets tokens chosen per sample, and the batch axis is not known")
-            where, factors = batch
-            axes[where] = tuple(f for f in factors if f.space is not None and f.space.is_batch)
-        handle = b.call(torch.ops.tokcc.gather_tokens.default, value.handle, index, axis, where)
-        gathered = value.having(handle=handle, axes=tuple(axes))
-        if batch is not None and len(batch[1]) > 1 and value.batch_axis() is None:
-            gathered = self._fuse_batch(gathered, where, batch[1])
-        return gathered
-
-    def _fuse_batch(self, value: Value, axis: int, factors: Axis) -> Value:
-        """Repeat a per-sample value over the other factors of a fused batch axis such as ``B*H``."""
-        b = self.builder
-        shape: list[Any] = [b.size(value.handle, i) for i in range(value.rank)]
-        place = next(i for i, f in enumerate(factors) if f.space is not None and f.space.is_batch)
-        handle = value.handle
-        for i in range(len(factors)):
-            if i != place:
-                handle = b.unsqueeze(handle, axis + i)
-        wide = [*shape[:axis], *(self.factor_size(f) for f in factors), *shape[axis + 1 :]]
-        handle = b.expand(handle, wide)
-        handle = b.reshape(handle, [*shape[:axis], self.axis_size(factors), *shape[axis + 1 :]])
-        axes = list(value.axes)
-        axes[axis] = factors
-        return value.having(handle=handle, axes=tuple(axes))
-
-    def _take_rows(self, value: Value, axis: int, target: TokenSpace) -> Value:
-        b = self.builder
-        rows = target.rows or ()
-        first, last = rows[0], rows[-1]
-        if rows == tuple(range(first, last + 1)):
-            handle = b.slice(value.handle, axis, first, last + 1)
-        else:
-            handle = b.call(aten.index_select.default, value.handle, axis, self.own_index(target))
-        axes = list(value.axes)
-        axes[axis] = (Factor(target, target.root.old),)
-        return value.having(handle=handle, axes=tuple(axes))
-
-    def _remap_fused(
-        self, value: Value, axis: int, position: int, target: TokenSpace, batch: tuple[int, Axis] | None
-    ) -> Value:
-        """Split fused axes, remap, and fuse them again."""
-        b = self.builder
-        if batch is not None and value.batch_axis() is None and any(
-            f.space is not None and f.space.is_batch for a in value.axes for f in a
-        ):
-            batch = None
-        flat: list[Axis] = []
-        place = 0
-        starts: list[int] = []
-        for i, a in enumerate(value.axes):
-            starts.append(len(flat))
-            if i == axis:
-                place = len(flat) + position
-            flat.extend([(f,) for f in a] if len(a) > 1 else [a])
-        shape = [self.axis_size(a) for a in flat]
-        old = tuple(_product(f.old for f in a) for a in flat)
-        split = value.having(handle=b.reshape(value.handle, shape), axes=tuple(flat), old=old)
-        if batch is not None:
-            batch = (starts[batch[0]], batch[1])
-        moved = self.remap(split, place, 0, target, batch)
-        axes: list[Axis] = []
-        for i, a in enumerate(value.axes):
-            width = max(1, len(a))
-            axes.append(tuple(f for part in moved.axes[starts[i] : starts[i] + width] for f in part))
-        handle = b.reshape(moved.handle, [self.axis_size(a) for a in axes])
-        return value.having(handle=handle, axes=tuple(axes))
-
-    # agreement of operands ----------------------------------------------------------------------------------------------
+    # agreement of operands --------------------------------------------------------------------------------------------
 
     def align(self, values: Sequence[Value], groups: Sequence[Group]) -> tuple[list[Value], list[Axis]]:
         """Bring operands whose axes must agree into common spaces.
@@ -323,7 +225,12 @@ class Context:
         )
         aligned: list[Value] = []
         for operand, value in enumerate(values):
-            own = [(axis, joint) for group, joint in zip(groups, joints, strict=True) for op, axis in group if op == operand]
+            own = [
+                (axis, joint)
+                for group, joint in zip(groups, joints, strict=True)
+                for op, axis in group
+                if op == operand
+            ]
             batch: tuple[int, Axis] | None = None
             if batch_group is not None:
                 where = next((axis for op, axis in groups[batch_group] if op == operand), None)
@@ -368,8 +275,8 @@ class Context:
                 joint[i] = Factor(self._lower(mine, theirs), mine.old)
         for axis in wide:
             if axis not in tagged:
-                size = _product(f.old for f in axis)
-                root = _product(f.space.root.old if f.space is not None else f.old for f in joint)
+                size = product(f.old for f in axis)
+                root = product(f.space.root.old if f.space is not None else f.old for f in joint)
                 if not same_size(size, root):
                     self.fail(f"an operand of size {size} meets a token axis of size {root}")
         return tuple(Factor(f.space, f.old) for f in joint)
@@ -435,83 +342,6 @@ class Context:
                 rows = b.unsqueeze(rows, i)
         return rows
 
-    # going back up ------------------------------------------------------------------------------------------------------
-
-    def restore(self, value: Value, axis: int, before: Callable[[TokenSpace], Any] | None = None) -> Value:
-        """Bring one token axis back up to the root space.
-
-        A merged token is given to all tokens it stands for; a dropped token gets what ``before`` says, else zeros.
-
-        Args:
-            value: The value.
-            axis: Its token axis.
-            before: Returns, for a space that dropped tokens, what all tokens of its parent had in place of ``value`` just
-                before: ``[B, N, ...]``, or None where that is not known.
-        """
-        b = self.builder
-        (factor,) = value.axes[axis]
-        space = factor.space
-        assert space is not None
-        pending: Any = None
-        while space.parent is not None:
-            own = self.own_assign(space)
-            if own is not None:
-                pending = own if pending is None else b.gather(pending, 1, own)
-            else:
-                value = self._apply_assign(value, axis, pending, space)
-                pending = None
-                value = self._scatter_up(value, axis, space, None if before is None else before(space))
-            space = space.parent
-        return self._apply_assign(value, axis, pending, space)
-
-    def own_assign(self, space: TokenSpace) -> Any:
-        """Return the position in ``space`` of each token of its parent, int64 ``[B, N]``; None where tokens were dropped."""
-        if space.tail_of is not None:
-            whole, first = space.tail_of
-            inner = self.own_assign(whole)
-            return None if inner is None else self.builder.sub(self.builder.slice(inner, 1, first), first)
-        return space.assign(self) if callable(space.assign) else space.assign
-
-    def _apply_assign(self, value: Value, axis: int, assign: Any, space: TokenSpace) -> Value:
-        axes = list(value.axes)
-        axes[axis] = (Factor(space, space.root.old),)
-        if assign is None:
-            return value.having(axes=tuple(axes))
-        where = value.batch_axis()
-        if where is None:
-            self.fail("a value without a batch axis cannot be given back to its tokens")
-        handle = self.builder.call(torch.ops.tokcc.gather_tokens.default, value.handle, assign, axis, where)
-        return value.having(handle=handle, axes=tuple(axes))
-
-    def _scatter_up(self, value: Value, axis: int, space: TokenSpace, base: Any) -> Value:
-        b = self.builder
-        parent = space.parent
-        assert parent is not None
-        where = value.batch_axis()
-        if where is None:
-            self.fail("a value without a batch axis cannot be given back to its tokens")
-        front = [where, axis, *(i for i in range(value.rank) if i not in (where, axis))]
-        x = b.permute(value.handle, front)
-        shape = [b.size(x, i) for i in range(value.rank)]
-        index = self.own_index(space)
-        if len(b.shape(index)) == 1:
-            index = b.expand(b.unsqueeze(index, 0), [shape[0], -1])
-        if base is None:
-            base = b.full([shape[0], parent.size, *shape[2:]], 0, b.dtype(x), x)
-        elif space.tail_of is not None:
-            base = b.slice(base, 1, space.tail_of[1])
-        if space.valid is not None:
-            # Slots that hold no real token must not overwrite what they were filled with.
-            mask = space.valid
-            for _ in range(value.rank - 2):
-                mask = b.unsqueeze(mask, -1)
-            x = b.where(mask, x, b.call(torch.ops.tokcc.gather_tokens.default, base, index, 1, 0))
-        full = b.call(torch.ops.tokcc.scatter_tokens.default, base, index, x)
-        back = [front.index(i) for i in range(value.rank)]
-        axes = list(value.axes)
-        axes[axis] = (Factor(parent, parent.root.old),)
-        return value.having(handle=b.permute(full, back), axes=tuple(axes))
-
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
@@ -521,10 +351,3 @@ def _with_factor(axes: tuple[Axis, ...], axis: int, position: int, factor: Facto
     own = axes[axis]
     changed = (*own[:position], factor, *own[position + 1 :])
     return (*axes[:axis], changed, *axes[axis + 1 :])
-
-
-def _product(sizes: Any) -> Any:
-    result: Any = 1
-    for size in sizes:
-        result = result * size
-    return result

@@ -63,7 +63,9 @@ def find_stream(program: Program) -> Stream | None:
 def _sources(program: Program) -> list[fx.Node]:
     inputs = program.user_inputs
     sources = [node for node in inputs if is_float(node)]
-    whole: list[fx.Node] = [node for node in inputs if isinstance(node.meta.get("val"), torch.Tensor) and not is_float(node)]
+    whole: list[fx.Node] = [
+        node for node in inputs if isinstance(node.meta.get("val"), torch.Tensor) and not is_float(node)
+    ]
     aliases: set[fx.Node] = set(whole)
     for node in program.graph.nodes:
         if node.op != "call_function" or is_float(node):

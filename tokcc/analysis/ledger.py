@@ -71,9 +71,12 @@ def node_flops(node: fx.Node, bindings: Mapping[Any, int]) -> int:
         batch, _, width = _shape(args[0], bindings)
         kept, merged = _shape(args[2], bindings)[1], _shape(args[3], bindings)[1]
         return 2 * batch * kept * merged * width
-    if target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default) and isinstance(
-        out, torch.Tensor
-    ):
+    if target in (
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.conv3d.default,
+        aten.convolution.default,
+    ) and isinstance(out, torch.Tensor):
         return 2 * math.prod(_shape(node, bindings)) * math.prod(_shape(args[1], bindings)[1:])
     return 0
 

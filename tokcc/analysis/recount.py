@@ -37,8 +37,8 @@ _AFTER_THE_SUM = {
 def recount(walk: Walk, node: Any, space: TokenSpace) -> Value:
     """Evaluate a count of tokens again over the tokens of ``space``.
 
-    Follows the unreduced graph from the divisor of a mean up to the sum over tokens it comes from, and repeats that chain
-    with the reduced operand.
+    Follows the unreduced graph from the divisor of a mean up to the sum over tokens it comes from, and repeats that
+    chain with the reduced operand.
 
     Raises:
         AxisError: When the divisor is not such a count.
@@ -50,8 +50,8 @@ def recount(walk: Walk, node: Any, space: TokenSpace) -> Value:
         return _sum_again(walk, node, walk.env[node.args[0]], space)
     if node.target in _AFTER_THE_SUM and isinstance(node.args[0], fx.Node) and isinstance(known, Value):
         inner = recount(walk, node.args[0], space)
-        args, kwargs = fx.node.map_arg((node.args[1:], dict(node.kwargs)), lambda n: _handle(walk.env[n]))
-        handle = walk.builder.call(node.target, inner.handle, *args, **kwargs)
+        given: Any = fx.node.map_arg((node.args[1:], dict(node.kwargs)), lambda n: _handle(walk.env[n]))
+        handle = walk.builder.call(node.target, inner.handle, *given[0], **given[1])
         return known.having(handle=handle, totals=inner.totals)
     walk.ctx.fail("a sum over kept tokens is divided by something that does not count the same tokens")
 

@@ -230,7 +230,9 @@ def _is_self_attention(site: AttentionSite, axes: dict[str, Value], walk: Walk, 
         return any(f.space is own for f in columns)
     if any(f.space is own for f in columns):
         return False
-    return _why_lost(nodes[site.query], walk) is not None and same_size(query.old[-2], key.old[-1 if site.transposed else -2])
+    return _why_lost(nodes[site.query], walk) is not None and same_size(
+        query.old[-2], key.old[-1 if site.transposed else -2]
+    )
 
 
 def _why_lost(node: fx.Node, walk: Walk) -> AxisError | None:
@@ -267,8 +269,11 @@ def _special_tokens(program: Program, entry: fx.Node, axis: int, axes: dict[str,
         value = axes[operand.name]
         if node.target is aten.select.int:
             dim, index = node.args[1], node.args[2]
-            if isinstance(dim, int) and isinstance(index, int) and value.axes[dim % value.rank] and any(
-                f.space is not None and not f.space.is_batch for f in value.axes[dim % value.rank]
+            if (
+                isinstance(dim, int)
+                and isinstance(index, int)
+                and value.axes[dim % value.rank]
+                and any(f.space is not None and not f.space.is_batch for f in value.axes[dim % value.rank])
             ):
                 before, behind = (max(before, index + 1), behind) if index >= 0 else (before, max(behind, -index))
     return before, behind

@@ -61,7 +61,7 @@ class StreamNodes:
             return inner  # batch and tokens stand in front, whatever the order at the node
         if node.target not in _ROW_BY_ROW or node.kwargs:
             return None
-        rest = fx.node.map_arg(node.args[1:], lambda n: walk.env[n])
+        rest: Any = fx.node.map_arg(node.args[1:], lambda n: walk.env[n])
         return walk.builder.call(node.target, inner, *(r.handle if isinstance(r, Value) else r for r in rest))
 
 

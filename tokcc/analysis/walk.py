@@ -19,6 +19,7 @@ from torch import fx
 import tokcc.kernels  # registers the operations
 from tokcc.analysis.context import Context
 from tokcc.analysis.recount import recount
+from tokcc.analysis.restoring import restore
 from tokcc.analysis.rules import Rule, rule_for
 from tokcc.analysis.rules.totals import carries_totals
 from tokcc.analysis.stream_nodes import StreamNodes
@@ -66,8 +67,8 @@ class Walk:
         entry: Where the token space starts, or None to copy.
         actions: What to do at which old node.
         inputs: For the eager builder: values of all placeholders by name.
-        on_operand: Called for every tensor that a node reads, with the walk, the node and the operand's old node; returns
-            what the node reads in its place.
+        on_operand: Called for every tensor that a node reads, with the walk, the node and the operand's old node;
+            returns what the node reads in its place.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Walk:
         self._bindings: dict[Any, int] = {}
         self.ctx = Context(builder=builder, recompute=partial(recount, self), old_size=self.old_size)
 
-    # shapes of the unreduced graph --------------------------------------------------------------------------------------
+    # shapes of the unreduced graph ------------------------------------------------------------------------------------
 
     def old_shape(self, node: fx.Node) -> tuple[Any, ...]:
         """Return a node's shape in the unreduced graph: ints, and ``SymInt`` when building a graph."""
@@ -119,7 +120,7 @@ class Walk:
             if not isinstance(symbolic, int) and symbolic.node.expr.is_symbol:
                 self._bindings[symbolic.node.expr] = int(size)
 
-    # the walk -----------------------------------------------------------------------------------------------------------
+    # the walk ---------------------------------------------------------------------------------------------------------
 
     def run(self) -> Any:
         """Walk the whole graph.
@@ -176,7 +177,8 @@ class Walk:
         return value.having(axes=tuple(axes), side=False)
 
     def _call(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._operand(node, n))
+        given: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: self._operand(node, n))
+        args, kwargs = given
         if node.target is operator.getitem and isinstance(args[0], tuple):
             return args[0][args[1]]
         if node.target is aten.sym_size.int and isinstance(args[0], Value):
@@ -265,14 +267,15 @@ class Walk:
 
     def restored(self, value: Value) -> Value:
         """Give every reduced token axis of a value back to the root space."""
-        node = next((n for n, known in self.env.items() if known is value), None)
+        # A value that is not recorded yet is the one that the node in work has just made.
+        node = next((n for n, known in self.env.items() if known is value), self.ctx.node)
         for axis, factors in enumerate(value.axes):
             reduced = [f for f in factors if f.space is not None and not f.space.is_batch and f.space.reduced]
             if not reduced:
                 continue
             if len(factors) > 1:
                 self.ctx.fail("tokens cannot be given back to an axis that is fused with another one")
-            value = self.ctx.restore(value, axis, partial(self.stream.before, self, node))
+            value = restore(self.ctx, value, axis, partial(self.stream.before, self, node))
         return value
 
     def _copy(self, node: fx.Node) -> Any:
@@ -354,5 +357,3 @@ def eager_inputs(program: Program, feeds: Mapping[str, torch.Tensor]) -> dict[st
     for node in program.user_inputs:
         values[node.name] = feeds[node.name]
     return values
-
-

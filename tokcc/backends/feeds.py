@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,20 +23,6 @@ def example_feeds(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, 
     return {node.name: leaf.detach() for node, leaf in zip(nodes, leaves, strict=True)}
 
 
-@dataclass(frozen=True)
-class _Range:
-    low: int
-    high: int
-
-
-def _ranges(program: Program) -> dict[Any, _Range]:
-    found: dict[Any, _Range] = {}
-    for symbol, bounds in program.origin.range_constraints.items():
-        high = int(bounds.upper) if bounds.upper.is_finite else 2**31
-        found[symbol] = _Range(max(1, int(bounds.lower)), high)
-    return found
-
-
 def make_feeds(program: Program, example: Feeds, *, seed: int = 0, variants: int = 3) -> list[Feeds]:
     """Return several inputs: the example, and random ones at other batch sizes and lengths where those are dynamic.
 
@@ -51,17 +36,20 @@ def make_feeds(program: Program, example: Feeds, *, seed: int = 0, variants: int
     """
     generator = torch.Generator().manual_seed(seed)
     bindings = program.bindings({name: tuple(value.shape) for name, value in example.items()})
-    ranges = _ranges(program)
+    ranges = program.ranges()
     result = [example]
     for number in range(variants):
-        sizes = {s: _varied(v, ranges.get(s, _Range(1, 2**31)), number) for s, v in bindings.items() if s in ranges}
+        sizes = {
+            symbol: _varied(value, ranges[symbol], number) for symbol, value in bindings.items() if symbol in ranges
+        }
         result.append(_random(program, example, {**bindings, **sizes}, generator))
     return result
 
 
-def _varied(value: int, allowed: _Range, number: int) -> int:
-    wanted = (1, value + 1, max(1, (2 * value) // 3))[number % 3]
-    return min(max(wanted, allowed.low), allowed.high)
+def _varied(value: int, allowed: tuple[int, int | None], number: int) -> int:
+    low, high = allowed
+    wanted = max((1, value + 1, (2 * value) // 3)[number % 3], low, 1)
+    return wanted if high is None else min(wanted, high)
 
 
 def _random(program: Program, example: Feeds, sizes: Mapping[Any, int], generator: torch.Generator) -> Feeds:

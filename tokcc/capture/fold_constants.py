@@ -62,5 +62,5 @@ class FoldConstants:
             return False
         value = node.meta.get("val")
         tensors = [value] if isinstance(value, torch.Tensor) else list(value) if isinstance(value, list | tuple) else []
-        sizes = [t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)]
-        return bool(sizes) and all(not isinstance(size, torch.SymInt) and size <= self.max_bytes for size in sizes)
+        sizes: list[Any] = [t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)]
+        return bool(sizes) and all(isinstance(size, int) and size <= self.max_bytes for size in sizes)

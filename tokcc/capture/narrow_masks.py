@@ -32,6 +32,7 @@ _SHAPE_ONLY = {
     aten.alias.default,
 }
 _AND = {aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor}
+_WHERES = {aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar}
 _FULL = {aten.full.default, aten.new_full.default, aten.full_like.default}
 _ONES = {aten.ones.default, aten.new_ones.default, aten.ones_like.default}
 _ZEROS = {aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default}
@@ -75,16 +76,16 @@ class _Facts:
         if target in _ZEROS:
             return {"zero"}
         if target in _FULL:
-            value = args[1]
+            value = args[2] if target is aten.new_full.default else args[1]
             return {"true"} if is_bool and value else {"zero"} if not value else set()
         if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
             start = args[0] if target is not aten.arange.default else 0
-            return {"nonneg"} if isinstance(start, int) and start >= 0 else set()
-        if target is aten.add.Tensor and "nonneg" in self.of(args[0]):
+            step = args[2] if len(args) > 2 else 1
+            return {"nonneg"} if all(isinstance(n, int) and n >= 0 for n in (start, step)) else set()
+        if target is aten.add.Tensor and "nonneg" in self.of(args[0]) and not node.kwargs:
             other = args[1]
-            return (
-                {"nonneg"} if (isinstance(other, int | float) and other >= 0) or "nonneg" in self.of(other) else set()
-            )
+            positive = isinstance(other, int | float) and other >= 0
+            return {"nonneg"} if positive or "nonneg" in self.of(other) else set()
         if target is aten.ge.Scalar and "nonneg" in self.of(args[0]):
             return {"true"} if isinstance(args[1], int | float) and args[1] <= 0 else set()
         if target in _AND:
@@ -92,9 +93,8 @@ class _Facts:
         if target in (aten.logical_not.default, aten.bitwise_not.default) and is_bool:
             known = self.of(args[0])
             return {"zero"} if "true" in known else {"true"} if "zero" in known else set()
-        if target in (aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar):
-            if "true" in self.of(args[0]) and (args[1] in (0, 0.0) or "zero" in self.of(args[1])):
-                return {"zero"}
+        if target in _WHERES and "true" in self.of(args[0]):
+            return {"zero"} if args[1] in (0, 0.0) else set(self.of(args[1]) & {"zero"})
         if target is aten.masked_fill.Scalar and "zero" in self.of(args[1]):
             return set(self.of(args[0]))
         if target is aten.mul.Tensor and any("zero" in self.of(a) for a in args[:2]):
@@ -110,7 +110,7 @@ class _Facts:
         return self._arange[node]
 
     def _find_arange(self, node: fx.Node) -> tuple[int, Any] | None:
-        value = node.meta.get("val")
+        value: Any = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             return None
         if node.target is aten.arange.default:
@@ -122,13 +122,13 @@ class _Facts:
             return self.arange(node.args[0])
         if node.target is aten.unsqueeze.default:
             inner = self.arange(node.args[0])
-            place = node.args[1] % value.ndim  # type: ignore[operator]  # an int
-            return None if inner is None else (inner[0] + (1 if place <= inner[0] else 0), inner[1])
+            dim: Any = node.args[1]
+            return None if inner is None else (inner[0] + (1 if dim % value.ndim <= inner[0] else 0), inner[1])
         if node.op == "placeholder":
             if self._state is None:
                 self._state = self.program.state_tensors()
             tensor = self._state.get(node.name)
-            wide = [i for i, size in enumerate(value.shape) if not (isinstance(size, int) and size == 1)]
+            wide = [i for i, size in enumerate(value.shape) if not same_size(size, 1)]
             if tensor is None or tensor.dtype != torch.int64 or len(wide) != 1:
                 return None
             same = torch.equal(tensor.reshape(-1), torch.arange(tensor.numel()))
@@ -259,9 +259,6 @@ class NarrowMasks:
             node.replace_all_uses_with(view)
             changed = True
         return changed
-
-
-_WHERES = {aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar}
 
 
 def _equal_shapes(first: fx.Node, second: fx.Node) -> bool:

@@ -116,6 +116,13 @@ class Program:
             known[symbol] = int(expression.xreplace({k: sympy.Integer(v) for k, v in known.items()}))
         return known
 
+    def ranges(self) -> dict[Any, tuple[int, int | None]]:
+        """Return the smallest and largest value of every size symbol of the inputs; None = unbounded."""
+        return {
+            symbol: (int(bounds.lower), int(bounds.upper) if bounds.upper.is_Integer else None)
+            for symbol, bounds in self.origin.range_constraints.items()
+        }
+
     def with_graph(self, graph: fx.Graph, signature: ExportGraphSignature | None = None) -> Program:
         """Return the same program over another graph."""
         return replace(self, graph=graph, signature=signature or self.signature)

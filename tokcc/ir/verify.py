@@ -63,6 +63,9 @@ def verify(program: Program, after: str) -> None:
             refuse(f"an operation that mutates its operands ({node.target})", node)
     if len(program.output_values) != len(program.signature.output_specs):
         refuse("outputs and signature disagree", program.output_node)
+    for value, output in zip(program.output_values, program.signature.output_specs, strict=True):
+        if isinstance(value, fx.Node) and getattr(output.arg, "name", None) != value.name:
+            refuse(f"output {value.name} is called {getattr(output.arg, 'name', None)} in the signature", value)
 
 
 def _same_kind(value: torch.Tensor, fake: torch.Tensor) -> bool:

@@ -313,9 +313,6 @@ def _manifest(
         entries["onnx"] = BackendEntry(engine="model.onnx", details={"opset": opset})
     if "pt2" in backends:
         entries["pt2"] = BackendEntry(engine="model.pt2", details={"needs": "tokcc"})
-    ranges: dict[str, tuple[int, int | None]] = {}
-    for symbol, bounds in reduced.original.origin.range_constraints.items():
-        ranges[str(symbol)] = (int(bounds.lower), int(bounds.upper) if bounds.upper.is_finite else None)
     return Manifest(
         tokcc=tokcc.__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -324,7 +321,7 @@ def _manifest(
         state=report.state,
         inputs=tuple(TensorContract(name=t.name, dtype=t.dtype, shape=t.shape) for t in report.model.inputs),
         outputs=tuple(TensorContract(name=t.name, dtype=t.dtype, shape=t.shape) for t in report.model.outputs),
-        ranges=ranges,
+        ranges={str(symbol): bounds for symbol, bounds in reduced.original.ranges().items()},
         backends=entries,
         versions={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "numpy")},
     )

@@ -52,7 +52,7 @@ class Inspection:
                     "attention": "fused" if block.attention.fused else "written out",
                     "after_attention": block.after_attention or "-",
                     "block_output": block.block_output or "-",
-                    "note": "" if block.windowed is None else f"windows: {block.windowed.what}",
+                    "note": "" if block.windowed is None else block.windowed.what,
                 }
                 for block in sites.layers
             ],

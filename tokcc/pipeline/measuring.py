@@ -317,7 +317,7 @@ def latency_of(timed: Timed, feeds: Mapping[str, Array], threads: int) -> Latenc
 
 def output_contracts(report: Report, names: Sequence[str]) -> dict[str, Contract]:
     """Return what the policy asked of each output."""
-    wanted = report.policy.long_form.get("outputs") or {}
+    wanted: Any = report.policy.long_form.get("outputs") or {}
     return {name: wanted.get(name, wanted.get("*", "full")) for name in names}
 
 

@@ -81,7 +81,14 @@ CASES: list[Case] = [
     Case("fused attention", _attention("b h n d"), ("b h n d",), commutes=False, kinds=EVERY),
     Case("fused attention, scale", _attention("b h n d", scale=0.2), ("b h n d",), commutes=False),
     Case("fused attention [B, N, C]", _attention("b n c"), ("b n c",), commutes=False, kinds=EVERY),
-    Case("fused attention [B*H, N, D]", _attention("(b h) n d"), ("(b h) n d",), commutes=False, kinds=EVERY, dynamic=True),
+    Case(
+        "fused attention [B*H, N, D]",
+        _attention("(b h) n d"),
+        ("(b h) n d",),
+        commutes=False,
+        kinds=EVERY,
+        dynamic=True,
+    ),
     Case("fused attention [B, 1, N, C]", _attention("b 1 n c"), ("b 1 n c",), commutes=False, kinds=EVERY),
     *(
         Case(

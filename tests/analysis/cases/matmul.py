@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tests.analysis.cases.places import PLACES
-from tests.analysis.oracle import Case, Side
 from tests.analysis.cases.reduction import EVERY
+from tests.analysis.oracle import Case, Side
 
 __all__ = ["CASES"]
 

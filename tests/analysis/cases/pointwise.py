@@ -92,7 +92,14 @@ def _binary(layout: str) -> Case:
         return (*results, placed + torch.full((), 2.0), placed + placed, placed * torch.cos(placed))
 
     sides = {f"s{i}": Side(form) for i, form in enumerate(forms)}
-    return Case(f"sides at {layout}", fn, (layout,) * (len(forms) + 3), sides, kinds=SOME, dynamic=layout in ("b n c", "(b h) n d"))
+    return Case(
+        f"sides at {layout}",
+        fn,
+        (layout,) * (len(forms) + 3),
+        sides,
+        kinds=SOME,
+        dynamic=layout in ("b n c", "(b h) n d"),
+    )
 
 
 def _every_op(layout: str, side: str) -> Case:
@@ -124,7 +131,7 @@ def _softmax_channels(layout: str) -> Case:
 
 
 def _softmax_tokens(layout: str, sides: dict[str, Side]) -> Case:
-    """Softmax over tokens: dropped ones are missing from the sum, merged ones count as often as they stand for tokens."""
+    """Softmax over tokens: dropped ones are missing from the sum, merged ones count by their size."""
     place = PLACES[layout]
     axis = layout.replace("(b h)", "g").split().index("n")
     out = layout.replace("n", "p")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -123,7 +121,9 @@ def _expands(x: Tensor) -> tuple[Tensor, ...]:
         aten.expand.default(x.mean(-1, keepdim=True), [batch, tokens, 5]),
         aten.repeat.default(x, [1, 1, 2]),
         aten.repeat.default(wide, [3, 1, 2, 1, 1]),
-        aten.expand.default(wide, [batch, 3, tokens, width]).reshape(batch * 3, tokens, width).reshape(batch, 3, tokens, width),
+        aten.expand.default(wide, [batch, 3, tokens, width])
+        .reshape(batch * 3, tokens, width)
+        .reshape(batch, 3, tokens, width),
     )
 
 
@@ -146,7 +146,6 @@ def _cats(x: Tensor, table: Tensor, shared: Tensor, other: Tensor) -> tuple[Tens
     )
 
 
-
 def _head_and_rest(x: Tensor, cos: Tensor) -> tuple[Tensor, ...]:
     """Rotary attention of DINOv3: the special tokens stay, the others turn by a table of theirs."""
     tokens = x.shape[1]
@@ -165,7 +164,13 @@ def _head_and_rest(x: Tensor, cos: Tensor) -> tuple[Tensor, ...]:
 
 
 CASES: list[Case] = [
-    Case("places", _places, tuple(PLACES), kinds=(("drop",), ("shared",), ("merge",), ("padded",), ("drop", "merge")), dynamic=True),
+    Case(
+        "places",
+        _places,
+        tuple(PLACES),
+        kinds=(("drop",), ("shared",), ("merge",), ("padded",), ("drop", "merge")),
+        dynamic=True,
+    ),
     Case("places of [N, B, C]", lambda x: _places(x.transpose(0, 1)), tuple(PLACES), layout="n b c"),
     Case("back from fused places", _back, _BACK, dynamic=True),
     Case("views written otherwise", _written_otherwise, _WRITTEN),

@@ -30,7 +30,7 @@ def oracle(stride: int, depth: int = 4) -> Callable[[Feeds], Result]:
 @pytest.mark.parametrize(("tokens", "stride", "groups"), [(30, 2, 15), (31, 2, 15), (31, 4, 7), (9, 9, 1)])
 def test_audio(tokens: int, stride: int, groups: int) -> None:
     step = {"preset": "audio-avgpool", "stride": stride}
-    results = compare(audio(), {"frames": frames(3, tokens)}, step, oracle(stride), full=False)
+    results = compare(audio(), {"frames": frames(3, tokens)}, step, oracle(stride))
     assert results[0].lengths == [groups]
 
 
@@ -73,7 +73,6 @@ def test_dynamic_number_of_frames() -> None:
             oracle(2, 2),
             dynamic=shapes,
             traced={"frames": frames(2, 16)},
-            full=False,
         )
 
 

@@ -54,8 +54,7 @@ def check(model: Model, feeds: Feeds, step: Mapping[str, Any], **kwargs: Any) ->
     def oracle(sample: Feeds) -> Result:
         return reference(model, sample, method, layers=sorted({len(model.blocks) * i // 4 for i in (1, 2, 3)}))
 
-    # With all tokens back, the fused token stands at one of the dropped ones: not part of the method.
-    return compare(model, feeds, {"preset": "evit", **step}, oracle, **{"full": False, **kwargs})
+    return compare(model, feeds, {"preset": "evit", **step}, oracle, **kwargs)
 
 
 def test_default_layers_of_twelve() -> None:

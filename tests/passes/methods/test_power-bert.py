@@ -59,7 +59,7 @@ def check(
 
 
 def test_padded_rows_are_what_they_are_alone() -> None:
-    results = check(text(), sentences([21, 14, 5, 1]), {}, ramp("0.25"))
+    results = check(text(), sentences([21, 14, 5, 1]), {}, ramp("0.25"), full=True)
     assert results[0].lengths == [16, 11, 6]
     assert results[3].lengths == [1, 1, 1]
     for result in results:

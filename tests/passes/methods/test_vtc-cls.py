@@ -26,9 +26,7 @@ def test_images(since: int, first: int) -> None:
     def oracle(sample: Feeds) -> Result:
         return reference(vision(), sample, lambda scene: vtc_cls(scene, 16, first), layers=(3,), at_end=True)
 
-    compare(
-        vision(), {"patches": patches(3, 50)}, {"preset": "vtc-cls", "tokens": 16, "since": since}, oracle, full=False
-    )
+    compare(vision(), {"patches": patches(3, 50)}, {"preset": "vtc-cls", "tokens": 16, "since": since}, oracle)
 
 
 def test_the_last_layer_alone_is_fastervlm() -> None:

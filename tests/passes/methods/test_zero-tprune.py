@@ -80,7 +80,7 @@ def test_images() -> None:
 
 
 def test_padded_rows_are_what_they_are_alone() -> None:
-    check(text(), sentences([16, 11, 6, 3]), 0.9, 3, full=False)
+    check(text(), sentences([16, 11, 6, 3]), 0.9, 3)
 
 
 def test_default_layers_of_twelve() -> None:

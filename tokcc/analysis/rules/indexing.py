@@ -45,7 +45,7 @@ def select(ctx: Context, x: Value, dim: int, index: Any) -> Value:
     return x.having(handle=ctx.emit(x.handle, dim, given), axes=axes, old=old)
 
 
-def _position(ctx: Context, space: TokenSpace, index: Any) -> int:
+def _position(ctx: Context, space: TokenSpace, index: Any) -> Any:
     """Translate a fixed position in the root space to the position of the same token in a reduced space."""
     if not isinstance(index, int):
         ctx.fail("a token is selected at a position that is computed")

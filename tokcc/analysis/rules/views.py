@@ -108,8 +108,8 @@ def reshape(ctx: Context, x: Value, shape: Sequence[Any]) -> Value:
     target: list[Any] = []
     for axis, given in zip(axes, shape, strict=True):
         tagged = any(f.space is not None for f in axis)
-        given = given.handle if isinstance(given, Value) else given  # noqa: PLW2901 - unwrapped
-        target.append(ctx.axis_size(axis) if tagged or _minus_one(given) else given)
+        size = given.handle if isinstance(given, Value) else given
+        target.append(ctx.axis_size(axis) if tagged or _minus_one(size) else size)
     return x.having(handle=ctx.builder.reshape(x.handle, target), axes=axes, old=old)
 
 
@@ -179,14 +179,12 @@ def squeeze(ctx: Context, x: Value, dim: Any = None) -> Value:
         ctx.fail("squeeze of a token axis that has a single token in the unreduced model")
     keep = [i for i in range(x.rank) if i not in gone]
     args = (x.handle,) if dim is None else (x.handle, dim)
-    return x.having(
-        handle=ctx.emit(*args), axes=tuple(x.axes[i] for i in keep), old=tuple(x.old[i] for i in keep)
-    )
+    return x.having(handle=ctx.emit(*args), axes=tuple(x.axes[i] for i in keep), old=tuple(x.old[i] for i in keep))
 
 
 def expand(ctx: Context, x: Value, shape: Sequence[Any], *, implicit: bool = False) -> Value:
     """Broadcast; axes that carry tokens keep their current size."""
-    del implicit
+    del implicit  # part of the operation's schema, without meaning
     old = ctx.old_shape()
     lead = len(old) - x.rank
     axes: list[Axis] = []
