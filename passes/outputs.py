@@ -112,7 +112,10 @@ def _rows(walk: Walk, name: str, value: Value, rows: Sequence[int]) -> Value:
     if axis is None:
         walk.ctx.fail(f"output `{name}` has no token axis, so rows of it cannot be chosen")
     parts = []
+    length = value.old[axis]
     for row in rows:
+        # Demand slicing follows rows that are counted from the front.
+        row = row + length if row < 0 and isinstance(length, int) else row
         stop = None if row == -1 else row + 1
         parts.append(b.slice(value.handle, axis, row, stop))
     handle = b.cat(parts, axis)

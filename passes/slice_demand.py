@@ -18,7 +18,7 @@ from tokcc.analysis.sites import Sites
 from tokcc.analysis.walk import Walk
 from tokcc.errors import AxisError
 from tokcc.ir.builder import GraphBuilder, same_size
-from tokcc.ir.edit import fake_mode_of
+from tokcc.ir.edit import fake_mode_of, remove_dead, replace
 from tokcc.ir.program import PassResult, Program
 from tokcc.ir.space import Factor, TokenSpace
 from tokcc.ir.value import Value
@@ -68,6 +68,10 @@ class _Demand:
         if mark is None or own is None or len(own) != 3 or own[1] or self.rows[-1] >= mark[1]:
             return None
         return str(mark[0])
+
+    def left_out(self) -> dict[fx.Node, str]:
+        """Return the reductions that only untouched tokens survive, with the stream before each."""
+        return {node: source for node in self.wanted if (source := self.untouched(node)) is not None}
 
     def _want(self, node: fx.Node, wanted: Wanted) -> None:
         known = self.wanted.get(node)
@@ -185,6 +189,20 @@ def _count(sizes: Sequence[Any]) -> Any:
     return total
 
 
+def _without(program: Program, reductions: dict[fx.Node, str]) -> Program:
+    """Return a copy in which nothing computes these reductions: their scores must not be rewritten for a few rows."""
+    program = program.copied()
+    nodes = {node.name: node for node in program.graph.nodes}
+    for reduction, source in reductions.items():
+        node = nodes[reduction.name]
+        with program.graph.inserting_before(node):
+            stands_in = program.graph.call_function(aten.clone.default, (nodes[source],))
+        stands_in.meta = dict(node.meta)  # its value is taken from the stream before by `_Untouched`
+        replace(node, stands_in)
+    remove_dead(program.graph)
+    return program
+
+
 @dataclass(frozen=True)
 class _Untouched:
     """Takes the stream before a reduction in place of its result, where only tokens are wanted that it leaves alone."""
@@ -211,16 +229,22 @@ class SliceDemand:
 
     def run(self, program: Program) -> PassResult:
         """Apply the pass."""
-        starts, rows = self._selections(program)
-        if not rows:
+        demand = self._demand(program)
+        if not demand.rows:
             return PassResult(program, False)
-        demand = _Demand(program, starts, rows)
-        demand.run()
+        left_out = demand.left_out()
+        if left_out:
+            demand = self._demand(_without(program, left_out))
         try:
-            return self._rebuild(program, demand, rows)
+            return self._rebuild(demand.program, demand, demand.rows)
         except AxisError as error:
             # Slicing is an optimisation: where a rule does not carry rows, the program stays as it is, and says so.
             return PassResult(program.noting(f"demand slicing was not applied: {error.what} ({error.node})"), False)
+
+    def _demand(self, program: Program) -> _Demand:
+        demand = _Demand(program, *self._selections(program))
+        demand.run()
+        return demand
 
     def _selections(self, program: Program) -> tuple[set[fx.Node], tuple[int, ...]]:
         """Find selections of fixed token positions, and the union of their rows."""
@@ -248,7 +272,7 @@ class SliceDemand:
     def _takes_tokens(self, node: fx.Node) -> bool:
         if self.sites is None or node.target not in (aten.select.int, aten.slice.Tensor):
             return False
-        if node.meta.get("origin", node.name) not in self.sites.axes or node.meta.get("tokcc"):
+        if node.meta.get("tokcc"):
             return False
         operand: Any = node.args[0]
         source = self.sites.axes.get(operand.meta.get("origin", operand.name))
@@ -287,8 +311,7 @@ class SliceDemand:
                     value = narrow(walk, value, axis)
             return value
 
-        untouched = {node.name: source for node in demand.wanted if (source := demand.untouched(node)) is not None}
-        actions = {name: (_Untouched(source, narrow),) for name, source in untouched.items()}
+        actions = {node.name: (_Untouched(source, narrow),) for node, source in demand.left_out().items()}
         walk = Walk(program, builder, None, on_operand=on_operand, actions=actions)
         values = walk.run()
         if not changed:

@@ -24,7 +24,8 @@ CASES: list[Case] = [
     case for family in (views, indexing, matmul, attention, norm, reduction, pointwise, skips) for case in family.CASES
 ]
 CHECKS = [(case, kinds) for case in CASES for kinds in case.kinds]
-DYNAMIC = [(case, kinds) for case in CASES if case.dynamic for kinds in (case.kinds[0], case.kinds[-1])]
+# Symbolic shapes trace slowly: one reduction for each case, the first and the last by turns.
+DYNAMIC = [(case, case.kinds[-(i % 2)]) for i, case in enumerate(case for case in CASES if case.dynamic)]
 
 
 def _name(value: Any) -> str:
@@ -57,6 +58,8 @@ def test_no_rule_is_untested() -> None:
             return case.fn(args[0], **dict(zip(names, args[1:], strict=True)))
 
         program = make_program(positional, list(inputs.values()))
+        if {node.target for node in program.graph.nodes if node.op == "call_function"} <= met:
+            continue
         walk, _ = walk_eager(program, case.layout, [Reduce("drop")], list(inputs.values()))
         for node in program.graph.nodes:
             read = [walk.env[operand] for operand in node.all_input_nodes if operand in walk.env]

@@ -30,6 +30,9 @@ VARIANTS = {
     "roberta",
     "distilbert",
     "electra",
+    "deit",
+    "mpnet",
+    "torch_encoder_bnc_pre",
     "torch_encoder_bnc_post",
     "torch_encoder_nbc_pre",
 }

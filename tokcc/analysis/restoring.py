@@ -46,7 +46,7 @@ def restore(ctx: Context, value: Value, axis: int, before: Callable[[TokenSpace]
 
 
 def own_assign(ctx: Context, space: TokenSpace) -> Any:
-    """Return the position in ``space`` of each of its parent's tokens, int64 ``[B, N]``; None where some are dropped."""
+    """Return the position in ``space`` of each of its parent's tokens, int64 ``[B, N]``; None for a drop."""
     if space.tail_of is not None:
         whole, first = space.tail_of
         inner = own_assign(ctx, whole)

@@ -168,6 +168,9 @@ class NarrowMasks:
         smaller: fx.Node | None = None
         if ("true" if is_bool else "zero") not in facts.of(mask):
             smaller = self._narrow(mask, facts, narrow, mode)
+            if smaller.meta["val"].ndim < 2:
+                # Attention wants a mask of at least two axes.
+                smaller = insert_call(node.graph, node, mode, aten.unsqueeze.default, smaller, 0)
             if smaller is mask:
                 return False
         if kwarg:

@@ -97,7 +97,7 @@ def _binary(layout: str) -> Case:
         fn,
         (layout,) * (len(forms) + 3),
         sides,
-        kinds=SOME,
+        kinds=SOME[:2] if list(PLACES).index(layout) % 2 else SOME[1:],
         dynamic=layout in ("b n c", "(b h) n d"),
     )
 
