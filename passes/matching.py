@@ -14,7 +14,10 @@ __all__ = ["interleaved", "matched_per_sample", "pairs", "pairs_per_sample"]
 aten = torch.ops.aten
 
 _PADDING, _SOURCE = 2**23, 2**23 + 1
-"""Places behind every token that stays: padding, and last the tokens that are merged away."""
+"""Places behind every token that stays: padding, and last the tokens that are merged away.
+
+Below 2**24: runtimes (OpenVINO) sort integers as fp32, where greater numbers are no longer told apart.
+"""
 
 
 def pairs(cut: Cut) -> Any:
@@ -50,7 +53,7 @@ def matched_per_sample(cut: Cut, *, place: Any, merging: Any, to: Any, size: Any
 
     Args:
         cut: The cut, with padding.
-        place: int64 ``[N]`` or ``[B, N]`` below 2**30: output order of the tokens that stay.
+        place: int64 ``[N]`` or ``[B, N]`` below 2**23: output order of the tokens that stay.
         merging: int64 ``[B, N]``: 1 for the tokens that are merged away.
         to: int64 ``[B, N]``: the token that each of them joins.
         size: K, enough for the tokens that stay in every sample.

@@ -146,15 +146,16 @@ def run_case(case: Case) -> Row:
 
 
 def write_rows(rows: Sequence[Row], path: Path = RESULTS) -> None:
-    """Write the matrix; rows of cells that were skipped here are kept from the file that is there."""
-    known = {(r["model"], r["preset"], r["dynamic"]): r for r in read_rows(path)} if path.is_file() else {}
-    made: list[dict[str, Any]] = []
+    """Write the matrix; cells that were skipped or not run here are kept from the file that is there."""
+    cells = {Case(r["model"], r["preset"], r["dynamic"]): r for r in read_rows(path)} if path.is_file() else {}
     for row in rows:
-        cell = asdict(row)
+        case = Case(row.model, row.preset, row.dynamic)
+        if row.status == "skipped" and case in cells:
+            continue
+        cells[case] = asdict(row)
         if row.max_rel_diff is not None:
-            cell["max_rel_diff"] = float(f"{row.max_rel_diff:.2g}")
-        before = known.get((row.model, row.preset, row.dynamic))
-        made.append(before if row.status == "skipped" and before is not None else cell)
+            cells[case]["max_rel_diff"] = float(f"{row.max_rel_diff:.2g}")
+    made = [cells[case] for case in cases() if case in cells]
     head = {
         "what": "engine in ONNX Runtime against the eager oracle, fp32, tiny random-weight models of each architecture",
         "limit": LIMIT,
