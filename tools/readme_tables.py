@@ -34,14 +34,19 @@ def _accuracy(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         rows.setdefault(row["engine"], {})[row["dataset"]] = row
     datasets = list(next(iter(rows.values())))
-    head = ["engine", "FLOPs", *(f"{name}: {what}" for name in datasets for what in ("cosine", "accuracy"))]
+    labelled = {row["dataset"] for row in result["rows"] if "probe_drop_in" in row}
+    head = ["engine", "FLOPs"]
+    for name in datasets:
+        head += [f"{name}: cosine", f"{name}: accuracy"] if name in labelled else [f"{name}: cosine"]
     body = []
     for engine, by_data in rows.items():
         first = next(iter(by_data.values()))
         cells = [engine, f"{first['flops_ratio']:.2f}"]
         for name in datasets:
             row = by_data[name]
-            cells += [f"{row['cosine_mean']:.4f}", f"{row['probe_drop_in']:.1%}"]
+            cells.append(f"{row['cosine_mean']:.4f}")
+            if name in labelled:
+                cells.append(f"{row['probe_drop_in']:.1%}")
         body.append(cells)
     first = next(iter(next(iter(rows.values())).values()))
     note = (
