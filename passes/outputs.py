@@ -29,12 +29,14 @@ class OutputPlan:
         contracts: One per original output.
         restore_at: Stream node where the tokens are given back, or None.
         values: The values, filled in by :func:`contract_outputs`.
+        named: Outputs that the policy names; `*` asks rows only of outputs that have tokens.
     """
 
     names: tuple[str, ...]
     contracts: tuple[Any, ...]
     restore_at: str | None = None
     values: tuple[Any, ...] = ()
+    named: frozenset[str] = frozenset()
 
 
 def plan_outputs(program: Program, plan: Plan) -> OutputPlan:
@@ -55,7 +57,8 @@ def plan_outputs(program: Program, plan: Plan) -> OutputPlan:
                 help=f"did you mean `{near[0]}`?" if near else None,
             )
     contracts = tuple(wanted.get(name, wanted.get("*", "full")) for name in names)
-    return OutputPlan(names, contracts, _restore_point(program, plan, contracts))
+    named = frozenset(wanted) - {"*"}
+    return OutputPlan(names, contracts, _restore_point(program, plan, contracts), named=named)
 
 
 def _restore_point(program: Program, plan: Plan, contracts: Sequence[Any]) -> str | None:
@@ -94,7 +97,8 @@ def contract_outputs(walk: Walk, outputs: OutputPlan, values: Sequence[Any]) -> 
         if contract == "reduced":
             extra += _maps(walk, name, own)
         elif contract == "last_token" or isinstance(contract, Rows):
-            own = _rows(walk, name, own, (-1,) if contract == "last_token" else contract.rows)
+            chosen = (-1,) if contract == "last_token" else contract.rows
+            own = _rows(walk, name, own, chosen, required=name in outputs.named)
         elif own.reduced:
             with walk.builder.inserting("restore"):
                 own = walk.restored(own)
@@ -103,12 +107,14 @@ def contract_outputs(walk: Walk, outputs: OutputPlan, values: Sequence[Any]) -> 
     return OutputPlan(names, outputs.contracts, outputs.restore_at, (*result, *(handle for _, handle in extra)))
 
 
-def _rows(walk: Walk, name: str, value: Value, rows: Sequence[int]) -> Value:
+def _rows(walk: Walk, name: str, value: Value, rows: Sequence[int], *, required: bool) -> Value:
     """Only some rows of an output, ``[B, len(rows), ...]``; the demand pass then computes no others."""
     b = walk.builder
     if value.reduced:
         value = walk.restored(value)
     axis = next((i for i, a in enumerate(value.axes) if any(f.space is walk.tokens for f in a)), None)
+    if axis is None and not required:
+        return value
     if axis is None:
         walk.ctx.fail(f"output `{name}` has no token axis, so rows of it cannot be chosen")
     parts = []

@@ -206,6 +206,7 @@ class TestOptions:
             ({"tokens": "reduced"}, ["logits", "tokens", "tokens.token_index"], 12),
             ({"tokens": {"rows": [0, 2]}}, ["logits", "tokens"], 2),
             ({"tokens": "last_token"}, ["logits", "tokens"], 1),
+            ({"*": "last_token"}, ["logits", "tokens"], 1),
         ],
     )
     def test_output_contracts(self, tmp_path: Path, outputs: Any, names: list[str], tokens: int) -> None:
