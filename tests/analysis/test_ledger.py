@@ -85,7 +85,8 @@ def test_counts_grow_with_the_batch() -> None:
     program = trace(entry.build(), entry.inputs(3), entry.dynamic_shapes())
     reduced, plan = reduce_program(program, "tome")
     one, four = (
-        ledger(reduced, plan.sites, {name: tuple(x.shape) for name, x in entry.inputs(batch).items()}) for batch in (1, 4)
+        ledger(reduced, plan.sites, {name: tuple(x.shape) for name, x in entry.inputs(batch).items()})
+        for batch in (1, 4)
     )
     assert four.total.flops == 4 * one.total.flops
     assert four.inserted.flops == 4 * one.inserted.flops > 0

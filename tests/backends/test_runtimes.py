@@ -159,7 +159,7 @@ def test_the_documented_table_is_this_one() -> None:
 
 
 def test_integer_scores_are_sorted_exactly_below_2_to_the_24() -> None:
-    """Why places of padding are below that: OpenVINO told 2**30 and 2**30 + 1 apart no longer, and mixed up real tokens."""
+    """Why places of padding are below that: OpenVINO takes 2**30 and 2**30 + 1 for one, and mixed up real tokens."""
     from tokcc.passes import matching
 
     assert matching._SOURCE < 2**24

@@ -63,7 +63,18 @@ def _unary() -> list[Case]:
         cases.append(Case(name, of(getattr(aten, name).default), (POSITIVE,), half=True))
     for name in ("neg", "abs", "sign", "relu", "floor", "ceil", "round"):
         cases.append(Case(f"{name}-int", of(getattr(aten, name).default), (INT,)))
-    for name in ("silu", "expm1", "square", "gelu", "leaky_relu", "elu", "hardswish", "hardsigmoid", "hardtanh", "softplus"):
+    for name in (
+        "silu",
+        "expm1",
+        "square",
+        "gelu",
+        "leaky_relu",
+        "elu",
+        "hardswish",
+        "hardsigmoid",
+        "hardtanh",
+        "softplus",
+    ):
         half = name not in ("hardsigmoid", "expm1", "gelu")
         cases.append(Case(name, of(getattr(aten, name).default), (X,), half=half))
     cases += [
@@ -76,7 +87,12 @@ def _unary() -> list[Case]:
         Case("hardtanh-bounds", of(aten.hardtanh.default, -0.2, 0.4), (X,)),
         Case("isnan", lambda b, x: b.call(aten.isnan.default, b.call(aten.log.default, x)), (X,), half=True),
         Case("isnan-int", of(aten.isnan.default), (INT,)),
-        Case("isinf", lambda b, x: b.call(aten.isinf.default, b.call(aten.log.default, b.call(aten.relu.default, x))), (X,), half=True),
+        Case(
+            "isinf",
+            lambda b, x: b.call(aten.isinf.default, b.call(aten.log.default, b.call(aten.relu.default, x))),
+            (X,),
+            half=True,
+        ),
         Case("isinf-int", of(aten.isinf.default), (INT,)),
         Case("logical_not", of(aten.logical_not.default), (BOOL,)),
         Case("logical_not-float", of(aten.logical_not.default), (X,)),
@@ -148,7 +164,9 @@ def _binary() -> list[Case]:
         Case("pow-tensor", of(aten.pow.Tensor_Tensor), (POSITIVE, ROW)),
         Case("where", of(aten.where.self), (Input(("B", "N", 1), "bool"), X, Y), half=True),
         Case("where-mixed", of(aten.where.self), (BOOL, INT, Input(("B", 1)))),
-        Case("where.ScalarOther", lambda b, c, x: b.call(aten.where.ScalarOther, c, x, -1.5), (BOOL, Input(("B", "N")))),
+        Case(
+            "where.ScalarOther", lambda b, c, x: b.call(aten.where.ScalarOther, c, x, -1.5), (BOOL, Input(("B", "N")))
+        ),
         Case("where.ScalarSelf", lambda b, c, x: b.call(aten.where.ScalarSelf, c, 2, x), (BOOL, INT)),
         Case("where.Scalar", of(aten.where.Scalar, 1.0, 0.0), (BOOL,)),
         Case("where.Scalar-int", of(aten.where.Scalar, 1, 0), (BOOL,)),
@@ -221,7 +239,9 @@ def _reductions() -> list[Case]:
             Case(f"{name}.dim", of(packet.dim, 1), (BOOL,)),
             Case(f"{name}.dim-keep", of(packet.dim, -1, True), (INT,)),
             Case(f"{name}.dim-float", of(packet.dim, 1), (Input(("B", "N"), "bool"),)),
-            Case(f"{name}.dim-halves", lambda b, x, p=packet: b.call(p.dim, b.call(aten.mul.Tensor, x, 0.1), 1), (INT,)),
+            Case(
+                f"{name}.dim-halves", lambda b, x, p=packet: b.call(p.dim, b.call(aten.mul.Tensor, x, 0.1), 1), (INT,)
+            ),
             Case(f"{name}.default", of(packet.default), (BOOL,)),
         ]
     return [
@@ -317,7 +337,9 @@ def _shapes() -> list[Case]:
         Case("full-static", lambda b, x: b.mul(x, b.call(aten.full.default, [1, 4], 2)), (X,)),
         Case("full-scalar", lambda b, x: b.mul(x, b.call(aten.full.default, [], 2.5)), (X,)),
         Case("full-bool", lambda b, x: b.call(aten.full.default, [b.size(x, 1)], True), (X,)),
-        Case("full-extreme", lambda b, x: b.add(x, b.call(aten.full.default, [1], 2**62 + 1, dtype=torch.int64)), (INT,)),
+        Case(
+            "full-extreme", lambda b, x: b.add(x, b.call(aten.full.default, [1], 2**62 + 1, dtype=torch.int64)), (INT,)
+        ),
         Case("full-large", lambda b, x: b.add(x, b.call(aten.full.default, [70, 1, 70, 1], 2.0)), (Input((4,)),)),
         Case("new_full", lambda b, x: b.call(aten.new_full.default, x, [2, b.size(x, 1)], -3), (INT,)),
         Case("zeros", lambda b, x: b.call(aten.zeros.default, [b.size(x, 1), 2]), (X,)),
@@ -367,7 +389,6 @@ def _sizes() -> list[Case]:
 
 
 def _indexing() -> list[Case]:
-    matrix = Input((2, "N", 4))
     return [
         Case("select", of(aten.select.int, 1, 0), (X,)),
         Case("select-last", of(aten.select.int, -1, -1), (X,)),
@@ -377,8 +398,14 @@ def _indexing() -> list[Case]:
         Case("slice-size", lambda b, x: b.slice(x, 1, 1, b.sub_sizes(b.size(x, 1), 1)), (X,)),
         Case("slice-all", of(aten.slice.Tensor, 1, 0, 2**63 - 1), (X,)),
         Case("embedding", of(aten.embedding.default), (Input((7, 4)), Input(("B", "N"), "index", 7))),
-        Case("embedding-stored", lambda b, i: b.call(aten.embedding.default, b.constant("e", fixed(7, 4)), i), (Input(("B", "N"), "index", 7),)),
-        Case("index_select", lambda b, x, i: b.call(aten.index_select.default, x, 1, i), (X, Input((3,), "index", "N"))),
+        Case(
+            "embedding-stored",
+            lambda b, i: b.call(aten.embedding.default, b.constant("e", fixed(7, 4)), i),
+            (Input(("B", "N"), "index", 7),),
+        ),
+        Case(
+            "index_select", lambda b, x, i: b.call(aten.index_select.default, x, 1, i), (X, Input((3,), "index", "N"))
+        ),
         Case("gather", lambda b, x, i: b.gather(x, 1, i), (Input(("B", "N")), Input(("B", 3), "index", "N"))),
         Case("gather-fewer", lambda b, x, i: b.gather(x, 1, i), (X, Input(("B", 3, 2), "index", "N"))),
         Case(
@@ -387,7 +414,11 @@ def _indexing() -> list[Case]:
             (Input(("B", "N")), Input(("B", 3), "unique", "N"), Input(("B", 3))),
         ),
         Case("index-one", lambda b, x, i: b.call(aten.index.Tensor, x, [None, i]), (X, Input((3,), "index", "N"))),
-        Case("index-grid", lambda b, x, i: b.call(aten.index.Tensor, x, [i]), (Input(("N", 4)), Input((3, 2), "index", "N"))),
+        Case(
+            "index-grid",
+            lambda b, x, i: b.call(aten.index.Tensor, x, [i]),
+            (Input(("N", 4)), Input((3, 2), "index", "N")),
+        ),
         Case(
             "index-pairs",
             lambda b, x, i, j: b.call(aten.index.Tensor, x, [i, j]),
@@ -405,7 +436,11 @@ def _indexing() -> list[Case]:
         Case("roll", of(aten.roll.default, [1, -2], [1, 2]), (X,)),
         Case("roll-around", of(aten.roll.default, [11, -7], [1, 2]), (X,)),
         Case("diagonal", of(aten.diagonal.default, 0, 1, 2), (Input(("B", 5, 5)),)),
-        Case("diagonal-symbolic", lambda b, x: b.call(aten.diagonal.default, b.matmul(x, b.transpose(x, 1, 2)), 0, -2, -1), (X,)),
+        Case(
+            "diagonal-symbolic",
+            lambda b, x: b.call(aten.diagonal.default, b.matmul(x, b.transpose(x, 1, 2)), 0, -2, -1),
+            (X,),
+        ),
     ]
 
 
@@ -436,7 +471,19 @@ def _algebra() -> list[Case]:
         Case("addmm-scaled", of(aten.addmm.default, beta=0.5, alpha=2), (ROW, Input(("N", 3)), Input((3, 4)))),
         Case("addmm-none", of(aten.addmm.default, beta=0), (ROW, Input(("N", 3)), Input((3, 4)))),
         Case("baddbmm", of(aten.baddbmm.default, beta=2, alpha=3), (Input(("B", "N", 2)), X, Input(("B", 4, 2)))),
-        Case("layer_norm", lambda b, x: b.call(aten.layer_norm.default, x, [4], b.constant("w", fixed(4).to(b.dtype(x))), b.constant("v", fixed(4, seed=1).to(b.dtype(x))), 1e-3), (X,), half=True),
+        Case(
+            "layer_norm",
+            lambda b, x: b.call(
+                aten.layer_norm.default,
+                x,
+                [4],
+                b.constant("w", fixed(4).to(b.dtype(x))),
+                b.constant("v", fixed(4, seed=1).to(b.dtype(x))),
+                1e-3,
+            ),
+            (X,),
+            half=True,
+        ),
         Case("layer_norm-plain", of(aten.layer_norm.default, [4]), (X,)),
         Case("layer_norm-two", of(aten.layer_norm.default, [3, 4]), (Input(("B", 3, 4)),)),
         Case("rms_norm", lambda b, x: b.call(aten.rms_norm.default, x, [4], b.constant("w", fixed(4)), 1e-5), (X,)),
@@ -444,20 +491,42 @@ def _algebra() -> list[Case]:
         Case(
             "batch_norm",
             lambda b, x: b.call(
-                aten.batch_norm.default, x, b.constant("w", fixed(4)), b.constant("v", fixed(4, seed=1)),
-                b.constant("m", fixed(4, seed=2)), b.constant("s", fixed(4, seed=3).abs() + 0.5), False, 0.1, 1e-5, False,
+                aten.batch_norm.default,
+                x,
+                b.constant("w", fixed(4)),
+                b.constant("v", fixed(4, seed=1)),
+                b.constant("m", fixed(4, seed=2)),
+                b.constant("s", fixed(4, seed=3).abs() + 0.5),
+                False,
+                0.1,
+                1e-5,
+                False,
             ),
             (image,),
         ),
         Case(
             "batch_norm-plain",
             lambda b, x: b.call(
-                aten.batch_norm.default, x, None, None, b.constant("m", fixed(4)), b.constant("s", fixed(4).abs() + 0.5),
-                False, 0.1, 1e-3, False,
+                aten.batch_norm.default,
+                x,
+                None,
+                None,
+                b.constant("m", fixed(4)),
+                b.constant("s", fixed(4).abs() + 0.5),
+                False,
+                0.1,
+                1e-3,
+                False,
             ),
             (line,),
         ),
-        Case("group_norm", lambda b, x: b.call(aten.group_norm.default, x, 2, b.constant("w", fixed(4)), b.constant("v", fixed(4, seed=1))), (image,)),
+        Case(
+            "group_norm",
+            lambda b, x: b.call(
+                aten.group_norm.default, x, 2, b.constant("w", fixed(4)), b.constant("v", fixed(4, seed=1))
+            ),
+            (image,),
+        ),
         Case("group_norm-plain", of(aten.group_norm.default, 4), (line,)),
         Case("softmax", of(aten.softmax.int, -1), (X,), half=True),
         Case("softmax-dtype", of(aten.softmax.int, 1, torch.float32), (X,), half=True),
@@ -470,11 +539,30 @@ def _algebra() -> list[Case]:
         Case("conv1d-valid", weighted(aten.conv1d.padding, (6, 4, 3), (6,), padding="valid"), (line,)),
         Case("conv2d", weighted(aten.conv2d.default, (6, 4, 3, 3), (6,), stride=[3, 2], padding=[1, 0]), (image,)),
         Case("conv2d-same", weighted(aten.conv2d.padding, (6, 4, 3, 4), (6,), padding="same"), (image,)),
-        Case("conv2d-same-dilated", weighted(aten.conv2d.padding, (6, 4, 3, 3), (6,), padding="same", dilation=[2, 2]), (image,)),
-        Case("conv3d", weighted(aten.conv3d.default, (6, 2, 2, 3, 3), (6,), stride=[2, 3, 3]), (Input(("B", 2, 4, 6, 6)),)),
+        Case(
+            "conv2d-same-dilated",
+            weighted(aten.conv2d.padding, (6, 4, 3, 3), (6,), padding="same", dilation=[2, 2]),
+            (image,),
+        ),
+        Case(
+            "conv3d",
+            weighted(aten.conv3d.default, (6, 2, 2, 3, 3), (6,), stride=[2, 3, 3]),
+            (Input(("B", 2, 4, 6, 6)),),
+        ),
         Case(
             "convolution",
-            lambda b, x: b.call(aten.convolution.default, x, b.constant("w", fixed(6, 4, 3, 3)), None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1),
+            lambda b, x: b.call(
+                aten.convolution.default,
+                x,
+                b.constant("w", fixed(6, 4, 3, 3)),
+                None,
+                [2, 2],
+                [1, 1],
+                [1, 1],
+                False,
+                [0, 0],
+                1,
+            ),
             (image,),
         ),
         Case("avg_pool1d", of(aten.avg_pool1d.default, [2]), (line,)),
@@ -528,26 +616,79 @@ def _tokens() -> list[Case]:
     order, slot = Input(("B", "N"), "unique", "N"), Input(("B", 2), "index", 2)
     return [
         Case("gather_tokens", lambda b, x, i: b.call(ops.gather_tokens.default, x, i, 1, 0), (X, index), half=True),
-        Case("gather_tokens-last", lambda b, x, i: b.call(ops.gather_tokens.default, x, i, -1, 0), (Input(("B", 2, 3, "N")), index)),
+        Case(
+            "gather_tokens-last",
+            lambda b, x, i: b.call(ops.gather_tokens.default, x, i, -1, 0),
+            (Input(("B", 2, 3, "N")), index),
+        ),
         Case("gather_tokens-heads", lambda b, x, i: b.call(ops.gather_tokens.default, x, i, 2, 0), (four, index)),
-        Case("gather_tokens-nbc", lambda b, x, i: b.call(ops.gather_tokens.default, x, i, 0, 1), (Input(("N", "B", 4)), index)),
+        Case(
+            "gather_tokens-nbc",
+            lambda b, x, i: b.call(ops.gather_tokens.default, x, i, 0, 1),
+            (Input(("N", "B", 4)), index),
+        ),
         Case("gather_tokens-matrix", lambda b, x, i: b.call(ops.gather_tokens.default, x, i, 1, 0), (BOOL, index)),
-        Case("gather_tokens-shared", lambda b, x, i: b.call(ops.gather_tokens.default, x, i, 1, 0), (Input((1, "N", 4)), index)),
-        Case("gather_tokens-shared-heads", lambda b, x, i: b.call(ops.gather_tokens.default, x, i, 3, 0), (Input((1, 2, 5, "N")), index)),
-        Case("gather_tokens-shared-behind", lambda b, x, i: b.call(ops.gather_tokens.default, x, i, 1, 2), (Input((5, "N", 1, 4)), index)),
-        Case("gather_tokens-one", lambda b, x, i: b.call(ops.gather_tokens.default, x, i, 1, 0), (Input((1, "N", 4)), Input((1, 3), "index", "N"))),
-        Case("scatter_tokens", of(ops.scatter_tokens.default), (X, Input(("B", 3), "unique", "N"), Input(("B", 3, 4))), half=True),
-        Case("scatter_tokens-matrix", of(ops.scatter_tokens.default), (INT, Input(("B", 3), "unique", "N"), Input(("B", 3), "int"))),
+        Case(
+            "gather_tokens-shared",
+            lambda b, x, i: b.call(ops.gather_tokens.default, x, i, 1, 0),
+            (Input((1, "N", 4)), index),
+        ),
+        Case(
+            "gather_tokens-shared-heads",
+            lambda b, x, i: b.call(ops.gather_tokens.default, x, i, 3, 0),
+            (Input((1, 2, 5, "N")), index),
+        ),
+        Case(
+            "gather_tokens-shared-behind",
+            lambda b, x, i: b.call(ops.gather_tokens.default, x, i, 1, 2),
+            (Input((5, "N", 1, 4)), index),
+        ),
+        Case(
+            "gather_tokens-one",
+            lambda b, x, i: b.call(ops.gather_tokens.default, x, i, 1, 0),
+            (Input((1, "N", 4)), Input((1, 3), "index", "N")),
+        ),
+        Case(
+            "scatter_tokens",
+            of(ops.scatter_tokens.default),
+            (X, Input(("B", 3), "unique", "N"), Input(("B", 3, 4))),
+            half=True,
+        ),
+        Case(
+            "scatter_tokens-matrix",
+            of(ops.scatter_tokens.default),
+            (INT, Input(("B", 3), "unique", "N"), Input(("B", 3), "int")),
+        ),
         Case("merge_tokens", merge, (X, order, slot), half=True),
         Case("merge_tokens-weight", weighted_merge, (X, order, slot, Input(("B", "N"), "positive")), half=True),
-        Case("merge_tokens-static", static_merge, (Input(("B", 4, 3)), Input(("B", 2), "unique", 2), Input(("B", 2), "index", 2), slot)),
+        Case(
+            "merge_tokens-static",
+            static_merge,
+            (Input(("B", 4, 3)), Input(("B", 2), "unique", 2), Input(("B", 2), "index", 2), slot),
+        ),
         Case("topk_select", of(ops.topk_select.default, 3, False), (scores,), half=True),
         Case("topk_select-ascending", of(ops.topk_select.default, 3, True), (scores,)),
         Case("topk_select-ties", of(ops.topk_select.default, 3, True), (Input(("B", "N"), "index", 3),)),
-        Case("topk_select-size", lambda b, x: b.call(ops.topk_select.default, x, b.floordiv_sizes(b.add_sizes(b.size(x, 1), 1), 2), True), (scores,)),
-        Case("attention_probs", lambda b, q, k: b.call(ops.attention_probs.default, q, k, None, 0.4), (four, Input(("B", 2, "M", 4)))),
-        Case("attention_probs-bool", lambda b, q, k, m: b.call(ops.attention_probs.default, q, k, m, 0.4), (four, four, Input((1, 1, 1, "N"), "bool"))),
-        Case("attention_probs-float", lambda b, q, k, m: b.call(ops.attention_probs.default, q, k, m, 0.4), (four, four, Input(("B", 1, "N", "N")))),
+        Case(
+            "topk_select-size",
+            lambda b, x: b.call(ops.topk_select.default, x, b.floordiv_sizes(b.add_sizes(b.size(x, 1), 1), 2), True),
+            (scores,),
+        ),
+        Case(
+            "attention_probs",
+            lambda b, q, k: b.call(ops.attention_probs.default, q, k, None, 0.4),
+            (four, Input(("B", 2, "M", 4))),
+        ),
+        Case(
+            "attention_probs-bool",
+            lambda b, q, k, m: b.call(ops.attention_probs.default, q, k, m, 0.4),
+            (four, four, Input((1, 1, 1, "N"), "bool")),
+        ),
+        Case(
+            "attention_probs-float",
+            lambda b, q, k, m: b.call(ops.attention_probs.default, q, k, m, 0.4),
+            (four, four, Input(("B", 1, "N", "N"))),
+        ),
         Case("greedy_select", greedy, (X, scores, scores)),
         Case("greedy_select-share", greedy_share, (X, scores, scores)),
         Case("greedy_select-one", greedy_blocked, (X, BOOL, scores)),

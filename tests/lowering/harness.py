@@ -1,7 +1,7 @@
 """One operation at a time: run it with torch, lower it, run that in ONNX Runtime.
 
-A case's body is written once against the builder: with tensors it computes what is expected, with graph nodes it makes the
-program that is lowered.
+A case's body is written once against the builder: with tensors it computes what is expected, with graph nodes it makes
+the program that is lowered.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Input:
 
     Attributes:
         shape: Sizes; letters are symbolic where a case is run with dynamic axes.
-        kind: ``float``, ``positive``, ``int`` (-9..9), ``nonzero`` (ints), ``bool``, ``index`` (below ``high``), ``unique``
-            (indices without repetition in the last axis, below ``high``).
+        kind: ``float``, ``positive``, ``int`` (-9..9), ``nonzero`` (ints), ``bool``, ``index`` (below ``high``),
+            ``unique`` (indices without repetition in the last axis, below ``high``).
         high: A number or a letter.
     """
 
@@ -165,5 +165,7 @@ def check(case: Case, *, dtype: torch.dtype = torch.float32, dynamic: bool = Fal
             assert got.dtype == want.dtype, (case.name, got.dtype, want.dtype)
             assert got.shape == want.shape, (case.name, got.shape, want.shape)
             loose = 5e-3 if dtype == torch.float16 else 2e-5
-            torch.testing.assert_close(got, want, rtol=loose, atol=loose, equal_nan=True, msg=lambda m: f"{case.name}: {m}")
+            torch.testing.assert_close(
+                got, want, rtol=loose, atol=loose, equal_nan=True, msg=lambda m: f"{case.name}: {m}"
+            )
     return targets

@@ -155,7 +155,9 @@ def vit_hidden(preset: str) -> Program:
 
 def test_equal_nodes_are_made_once() -> None:
     """A score's attention probabilities are the attention's own."""
-    _, plain = (sum(1 for n in build_onnx(vit(p)).graph.all_nodes() if n.op_type == "Softmax") for p in ("evit", "none"))
+    _, plain = (
+        sum(1 for n in build_onnx(vit(p)).graph.all_nodes() if n.op_type == "Softmax") for p in ("evit", "none")
+    )
     assert plain == ZOO["vit_classifier"].num_layers
     model = build_onnx(vit("evit"))
     keys = [(n.op_type, tuple(id(v) for v in n.inputs), str(sorted(n.attributes.items()))) for n in model.graph]

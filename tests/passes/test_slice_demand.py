@@ -105,7 +105,12 @@ def dynamic(name: str) -> Program:
     return trace(entry.build(), entry.inputs(3), entry.dynamic_shapes())
 
 
-ROWS = [("vit_classifier", None), ("bert_classifier", None), ("deit", "pooler_output"), ("dinov2_registers", "pooler_output")]
+ROWS = [
+    ("vit_classifier", None),
+    ("bert_classifier", None),
+    ("deit", "pooler_output"),
+    ("dinov2_registers", "pooler_output"),
+]
 MORE = [
     ("vit", "pooler_output"),
     ("vit_eager", "pooler_output"),
@@ -177,7 +182,9 @@ def test_two_heads_keep_two_rows() -> None:
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["sdpa", "eager"])
-@pytest.mark.parametrize("policy", ["none", {"version": 1, "steps": [{"preset": "tome", "r": 4}]}], ids=["none", "tome"])
+@pytest.mark.parametrize(
+    "policy", ["none", {"version": 1, "steps": [{"preset": "tome", "r": 4}]}], ids=["none", "tome"]
+)
 def test_fused_projections(eager: bool, policy: Policy) -> None:
     """At least nothing is lost; how much is saved depends on how the model is written."""
     torch.manual_seed(1)

@@ -28,7 +28,18 @@ from tokcc.passes.propagate import Propagate
 from tokcc.passes.slice_demand import SliceDemand
 from tokcc.testing import plan_for, trace
 
-__all__ = ["LIMIT", "RESULTS", "Case", "Row", "cases", "read_rows", "reduced", "relative_difference", "run_case", "write_rows"]
+__all__ = [
+    "LIMIT",
+    "RESULTS",
+    "Case",
+    "Row",
+    "cases",
+    "read_rows",
+    "reduced",
+    "relative_difference",
+    "run_case",
+    "write_rows",
+]
 
 LIMIT = 2e-4
 """Largest difference between engine and oracle, as a share of the output's scale."""
@@ -57,8 +68,8 @@ class Row:
         model: Zoo entry.
         preset: Policy.
         dynamic: Traced at batch 3 with symbolic axes and run at 1, 2 and 5; otherwise static at batch 1.
-        status: ``ok``: the engine equals its oracle. ``refused``: an error that says why and what to do. ``skipped``: the
-            library is not installed.
+        status: ``ok``: the engine equals its oracle. ``refused``: an error that says why and what to do. ``skipped``:
+            the library is not installed.
         max_rel_diff: Largest difference to the eager oracle over all outputs and shapes, as a share of their scale.
         nodes: Of the engine.
         sliced: Whether demand slicing found rows that nobody reads.
@@ -118,7 +129,8 @@ def run_case(case: Case) -> Row:
         whole, sliced, changed, _ = reduced(program, case.preset)
     except (PlanError, AxisError) as error:
         # A refusal is a result only when it is one that a user can act on.
-        assert error.help, f"{case}: a refusal without help: {error}"
+        if not error.help:
+            raise AssertionError(f"{case}: a refusal without help: {error}") from error
         reason = f"{type(error).__name__}: {error.what}; help: {error.help}"
         return Row(case.model, case.preset, case.dynamic, "refused", reason=reason)
     model = build_onnx(sliced)

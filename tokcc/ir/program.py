@@ -259,6 +259,12 @@ def _output_names(exported: ExportedProgram) -> tuple[str, ...]:
             names[leaf] = "output_" + "_".join(parts)
         else:
             names[leaf] = ".".join(parts)
+    # An output called like an input, or like another output, cannot be told apart in an engine.
+    taken = {s.arg.name for s in exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT}
+    for i in range(count):
+        while names[i] in taken:
+            names[i] += "_out"
+        taken.add(names[i])
     return tuple(names[i] for i in range(count))
 
 

@@ -59,6 +59,7 @@ class Translator:
         self.op = Recorder(opset)
         self.env: dict[fx.Node, Any] = {}
         self._lazy: dict[fx.Node, tuple[str, torch.Tensor]] = {}
+        self._output_names: list[str] = []
 
     # values -----------------------------------------------------------------------------------------------------------
 
@@ -155,6 +156,8 @@ class Translator:
                 inputs.append(value)
             elif node.name in state:
                 self._lazy[node] = (str(spec.target), state[node.name].detach())
+        # Taken before any value or weight could be called the same: what a caller reads keeps its name.
+        self._output_names = [self.op.unique(name) for name in self.program.output_names]
         for node in self.program.graph.nodes:
             if node.op == "call_function":
                 self.env[node] = self._call(node)
@@ -198,7 +201,7 @@ class Translator:
 
     def _outputs(self) -> list[ir.Value]:
         values = self.program.output_values
-        names = self.program.output_names
+        names = self._output_names
         result: list[ir.Value] = []
         position = 0
         for spec, value in zip(self.program.signature.output_specs, values, strict=True):
@@ -211,7 +214,7 @@ class Translator:
             self.op.scope = ""
             # A fresh value of its own name: an output may be an input, a constant, or be returned twice.
             out = self._identity(value)
-            out.name = self.op.unique(name)
+            out.name = name
             fake = value.meta["val"]
             out.shape, out.type = self._shape(fake), ir.TensorType(ir_dtype(fake.dtype))
             result.append(out)
