@@ -210,7 +210,8 @@ def test_the_limit_is_below_what_a_protobuf_holds() -> None:
 
 class Odd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.special.i0(x)
+        out: Tensor = torch.special.i0(x)
+        return out
 
 
 def test_what_cannot_be_lowered_says_where() -> None:

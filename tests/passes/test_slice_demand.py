@@ -177,7 +177,7 @@ def test_two_heads_keep_two_rows() -> None:
     assert changed
     assert_lossless(whole, result, inputs)
     queries = [n.args[0] for n in result.graph.nodes if n.target is torch.ops.aten.scaled_dot_product_attention.default]
-    assert [int(q.meta["val"].shape[-2]) for q in queries] == [66, 66, 66, 2]  # type: ignore[union-attr]  # nodes
+    assert [int(q.meta["val"].shape[-2]) for q in queries] == [66, 66, 66, 2]
     assert costs(plan, result, inputs).blocks[-1].flops < 0.5 * costs(plan, whole, inputs).blocks[-1].flops
 
 

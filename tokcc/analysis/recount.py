@@ -74,7 +74,7 @@ def _sum_again(walk: Walk, node: fx.Node, source: Any, space: TokenSpace) -> Val
     axes[axis] = (Factor(space.root, space.root.old),)
     # In front of the tokens where there is a choice: that is where models have their batch.
     others = [*range(axis), *range(axis + 1, source.rank)]
-    own = next((i for i in others if axes[i] and same_size(source.old[i], walk.batch.old)), None)
+    own = next((i for i in others if same_size(source.old[i], walk.batch.old)), None)
     if own is not None:
         axes[own] = (Factor(walk.batch, source.old[own]),)
     moved = walk.ctx.remap(source.having(axes=tuple(axes)), axis, 0, space, None)
