@@ -297,11 +297,18 @@ class TestDisk:
         assert "Permission denied" in result.stderr
 
 
+def _heeding_signals() -> None:
+    """A test run that a shell put in the background ignores SIGINT, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(out: Path, refuses: Refuses, number: signal.Signals) -> None:
     """Half-way through, in a process of its own."""
     command = [sys.executable, "-m", "tokcc", "compile", TINY, "-p", "evit", "-o", str(out), "--force"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=_heeding_signals
+    ) as process:
         assert process.stderr is not None
         seen = ""
         for line in process.stderr:
