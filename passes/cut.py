@@ -65,8 +65,8 @@ class Matched:
     Attributes:
         keep: int64 ``[B, K]``: kept tokens in output order.
         source: int64 ``[B, R]``: tokens that are merged away.
-        slot: int64 ``[B, R]``: output position that each source joins.
-        first: No slot is smaller.
+        slot: int64 ``[B, R]``: the kept token that each source joins, counted from the kept token ``first``.
+        first: Kept tokens before these, which nothing joins (int or size handle).
         size: K.
         valid: bool ``[B, K]``, or None.
         weight: ``[B, N]`` weights to merge with where padding exists (0 for what must not count), or None.
@@ -76,7 +76,7 @@ class Matched:
     keep: Any
     source: Any
     slot: Any
-    first: int
+    first: Any
     size: Any
     valid: Any = None
     weight: Any = None

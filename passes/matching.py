@@ -16,7 +16,7 @@ aten = torch.ops.aten
 _PADDING, _SOURCE = 2**23, 2**23 + 1
 """Places behind every token that stays: padding, and last the tokens that are merged away.
 
-Below 2**24: runtimes (OpenVINO) sort integers as fp32, where greater numbers are no longer told apart.
+Below 2**24: OpenVINO was seen to mix up the order of greater integers, as if it sorted them as fp32.
 """
 
 

@@ -10,7 +10,7 @@ __all__ = ["merge_tokens"]
 
 @torch.library.custom_op("tokcc::merge_tokens", mutates_args=())
 def merge_tokens(
-    x: Tensor, weight: Tensor | None, keep: Tensor, source: Tensor, slot: Tensor, first: int
+    x: Tensor, weight: Tensor | None, keep: Tensor, source: Tensor, slot: Tensor, first: int, padded: bool
 ) -> tuple[Tensor, Tensor]:
     """Merge source tokens into kept ones, weighted by how many tokens each stands for.
 
@@ -19,21 +19,22 @@ def merge_tokens(
 
     Args:
         x: ``[B, N, C]``.
-        weight: ``[B, N]`` in the dtype of ``x``, or None for all ones. Padding has weight 0.
+        weight: ``[B, N]`` in the dtype of ``x``, or None for all ones.
         keep: int64 ``[B, K]``: the kept tokens, in output order.
         source: int64 ``[B, R]``: the tokens that are merged away, none of them kept.
-        slot: int64 ``[B, R]``: position in the output that each source joins.
-        first: No slot is smaller than this: a promise that saves work.
+        slot: int64 ``[B, R]``: the kept token that each source joins, counted from the kept token ``first``.
+        first: Kept tokens before these, which nothing joins.
+        padded: Some weights may be 0 (padding).
 
     Returns:
         ``x'`` ``[B, K, C]`` and ``w'`` ``[B, K]``.
     """
-    return reference(x, weight, keep, source, slot, first)
+    return reference(x, weight, keep, source, slot, first, padded)
 
 
 @merge_tokens.register_fake
 def _(
-    x: Tensor, weight: Tensor | None, keep: Tensor, source: Tensor, slot: Tensor, first: int
+    x: Tensor, weight: Tensor | None, keep: Tensor, source: Tensor, slot: Tensor, first: int, padded: bool
 ) -> tuple[Tensor, Tensor]:
     batch, kept = keep.shape
     return x.new_empty([batch, kept, x.shape[2]]), x.new_empty([batch, kept])

@@ -5,17 +5,17 @@ from torch import Tensor
 
 
 def reference(
-    x: Tensor, weight: Tensor | None, keep: Tensor, source: Tensor, slot: Tensor, first: int
+    x: Tensor, weight: Tensor | None, keep: Tensor, source: Tensor, slot: Tensor, first: int, padded: bool
 ) -> tuple[Tensor, Tensor]:
     """See :func:`tokcc.kernels.merge_tokens.merge_tokens`."""
-    del first
+    slot = slot + first
     if weight is None:
         weight = x.new_ones(x.shape[:2])
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     own = weight[rows, keep]  # [B, K]
     total = own.scatter_add(1, slot, weight[rows, source])
     # A slot that stands for padding only weighs 0 and holds zeros.
-    divisor = total.clamp_min(torch.finfo(x.dtype).tiny)
+    divisor = total.clamp_min(torch.finfo(x.dtype).tiny) if padded else total
     share = weight[rows, source] / divisor.gather(1, slot)  # [B, R]
     moved = share[..., None] * x[rows, source]  # [B, R, C]
     kept = (own / divisor)[..., None] * x[rows, keep]

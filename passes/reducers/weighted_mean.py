@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from tokcc.analysis.context import Context
+from tokcc.ir.builder import Builder
 from tokcc.ir.space import Factor, TokenSpace
 from tokcc.ir.value import Value
 from tokcc.passes.cut import Cut, Matched
@@ -34,13 +35,13 @@ class WeightedMean(Reducer):
         """See :class:`WeightedMean`."""
         b = cut.b
         weight = chosen.weight if chosen.weight is not None else cut.space.weight
+        padded = cut.valid is not None
         dtype = b.dtype(cut.x)
         if not self.track_size:
             weight = cut.valid  # only padding counts differently
         if weight is not None:
             weight = b.cast(weight, dtype)
-        op = torch.ops.tokcc.merge_tokens.default
-        both = b.call(op, cut.x, weight, chosen.keep, chosen.source, chosen.slot, chosen.first)
+        both = _merge(b, cut.x, weight, chosen, padded=padded)
         merged, total = b.call(operator.getitem, both, 0), b.call(operator.getitem, both, 1)
         child.size, child.index, child.valid = chosen.size, chosen.keep, chosen.valid
         child.ascending = chosen.ascending
@@ -48,8 +49,13 @@ class WeightedMean(Reducer):
             child.weight = total
             child.bias = self.size_in_attention
         child.assign = _assignment(cut, chosen)
-        child.merge = _stream_merge(weight, chosen, child)
+        child.merge = _stream_merge(weight, chosen, child, padded=padded)
         return merged
+
+
+def _merge(b: Builder, x: Any, weight: Any, chosen: Matched, *, padded: bool) -> Any:
+    op = torch.ops.tokcc.merge_tokens.default
+    return b.call(op, x, weight, chosen.keep, chosen.source, chosen.slot, chosen.first, padded)
 
 
 def _assignment(cut: Cut, chosen: Matched) -> Any:
@@ -62,13 +68,13 @@ def _assignment(cut: Cut, chosen: Matched) -> Any:
             b = ctx.builder
             empty = b.full([batch.size, tokens], 0, torch.int64, x)
             kept = b.scatter(empty, 1, chosen.keep, per_sample(b.arange(chosen.size, x)))
-            made.append(b.scatter(kept, 1, chosen.source, chosen.slot))
+            made.append(b.scatter(kept, 1, chosen.source, b.add(chosen.slot, chosen.first)))
         return made[0]
 
     return assign
 
 
-def _stream_merge(weight: Any, chosen: Matched, child: TokenSpace) -> Any:
+def _stream_merge(weight: Any, chosen: Matched, child: TokenSpace, *, padded: bool) -> Any:
     """Return a function that merges another stream value of the parent space in the same way."""
 
     def merge(ctx: Context, value: Value, axis: int) -> Value:
@@ -81,9 +87,7 @@ def _stream_merge(weight: Any, chosen: Matched, child: TokenSpace) -> Any:
         rest = [b.size(x, i) for i in range(2, value.rank)]
         flat = b.reshape(x, [b.size(x, 0), b.size(x, 1), -1]) if value.rank != 3 else x
         own = None if weight is None else b.cast(weight, b.dtype(flat))
-        both = b.call(
-            torch.ops.tokcc.merge_tokens.default, flat, own, chosen.keep, chosen.source, chosen.slot, chosen.first
-        )
+        both = _merge(b, flat, own, chosen, padded=padded)
         merged = b.call(operator.getitem, both, 0)
         if value.rank != 3:
             merged = b.reshape(merged, [b.size(merged, 0), b.size(merged, 1), *rest])

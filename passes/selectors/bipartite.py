@@ -60,20 +60,19 @@ class Bipartite(Selector):
         b, p, n = cut.b, cut.first, cut.tokens
         skip_a, skip_b = (p + 1) // 2, p // 2
         count_a = b.sub_sizes(b.floordiv_sizes(b.add_sizes(n, 1), 2), skip_a)
-        count_b = b.sub_sizes(b.floordiv_sizes(n, 2), skip_b)
         order = topk(b, best, count_a, in_order=False)
-        source_a = b.slice(order, 1, 0, r)  # [B, R]
-        unmerged = ascending(b, b.slice(order, 1, r, count_a))  # [B, A - R]
-        parts = [b.add(b.mul(unmerged, 2), 2 * skip_a)]
+        left = b.sub_sizes(count_a, r)
+        merged, unmerged = b.split(order, 1, [r, left])  # [B, R], [B, A - R]
+        even = b.arange(n, cut.x, start=2 * skip_a, step=2)  # [A] positions
+        odd = b.arange(n, cut.x, start=2 * skip_b + 1, step=2)
+        parts = [b.look_up(even, ascending(b, unmerged)), cut.per_sample(odd)]
         if p:
             parts.insert(0, cut.per_sample(b.arange(p, cut.x)))
-        parts.append(cut.per_sample(b.add(b.mul(b.arange(count_b, cut.x), 2), 2 * skip_b + 1)))
-        left = b.sub_sizes(count_a, r)
         return Matched(
             keep=b.cat(parts, 1),
-            source=b.add(b.mul(source_a, 2), 2 * skip_a),
-            slot=b.add(b.gather(to, 1, source_a), b.add_sizes(left, p)),
-            first=p + left if isinstance(left, int) else p,
+            source=b.look_up(even, merged),
+            slot=b.gather(to, 1, merged),
+            first=b.add_sizes(left, p),
             size=b.sub_sizes(n, r),
         )
 
@@ -82,7 +81,7 @@ class Bipartite(Selector):
         b, p, n = cut.b, cut.first, cut.tokens
         skip_a, skip_b = (p + 1) // 2, p // 2
         count_a = b.sub_sizes(b.floordiv_sizes(b.add_sizes(n, 1), 2), skip_a)
-        even = cut.per_sample(b.add(b.mul(b.arange(count_a, cut.x), 2), 2 * skip_a))  # [B, A] positions
+        even = cut.per_sample(b.arange(n, cut.x, start=2 * skip_a, step=2))  # [B, A] positions
         best = b.where(b.gather(cut.valid, 1, even), best, 2 * LOWEST)
         order = topk(b, best, count_a, in_order=False)
         among_best = b.compare("lt", b.arange(count_a, cut.x), pairs_per_sample(cut))  # [B, A] by rank

@@ -79,8 +79,8 @@ class Energy(Selector):
         return Matched(
             keep=b.cat(parts, 1),
             source=b.add(left, p) if p else left,
-            slot=b.add(to, start),
-            first=start if isinstance(start, int) else p,
+            slot=to,
+            first=start,
             size=b.sub_sizes(cut.tokens, r),
         )
 

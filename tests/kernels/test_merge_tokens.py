@@ -24,9 +24,10 @@ class Merge:
     slot: Tensor
     first: int
 
-    def to(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, int]:
+    def to(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, int, bool]:
         weight = None if self.weight is None else self.weight.to(dtype)
-        return self.x.to(dtype), weight, self.keep, self.source, self.slot, self.first
+        padded = weight is not None and not bool(weight.all())
+        return self.x.to(dtype), weight, self.keep, self.source, self.slot, self.first, padded
 
 
 @st.composite
@@ -36,7 +37,7 @@ def merges(draw: st.DrawFn) -> Merge:
     gone = draw(st.integers(0, tokens - kept))
     first = draw(st.integers(0, kept - 1))
     order = torch.tensor([draw(st.permutations(range(tokens))) for _ in range(batch)])
-    slot = [draw(st.lists(st.integers(first, kept - 1), min_size=gone, max_size=gone)) for _ in range(batch)]
+    slot = [draw(st.lists(st.integers(0, kept - 1 - first), min_size=gone, max_size=gone)) for _ in range(batch)]
     weight = None
     if draw(st.booleans()):
         sizes = [draw(st.lists(st.integers(0, 4), min_size=tokens, max_size=tokens)) for _ in range(batch)]
@@ -61,7 +62,7 @@ def brute_force(m: Merge) -> tuple[Tensor, Tensor]:
     for b in range(batch):
         for k in range(kept):
             group = [int(m.keep[b, k])]
-            group += [int(i) for i, slot in zip(m.source[b], m.slot[b], strict=True) if int(slot) == k]
+            group += [int(i) for i, slot in zip(m.source[b], m.slot[b], strict=True) if int(slot) + m.first == k]
             total[b, k] = sum(float(weight[b, i]) for i in group)
             if total[b, k]:
                 merged[b, k] = sum(weight[b, i] * m.x[b, i] for i in group) / total[b, k]
@@ -84,7 +85,7 @@ def test_equals_brute_force(case: Merge, dtype: torch.dtype) -> None:
 def test_a_slot_of_padding_only_stays_finite() -> None:
     x = torch.randn(1, 4, 2)
     merged, total = merge_tokens(
-        x, torch.zeros(1, 4), torch.tensor([[0, 1]]), torch.tensor([[2, 3]]), torch.tensor([[1, 1]]), 1
+        x, torch.zeros(1, 4), torch.tensor([[0, 1]]), torch.tensor([[2, 3]]), torch.tensor([[0, 0]]), 1, True
     )
     assert merged.isfinite().all()
     assert total.tolist() == [[0.0, 0.0]]
@@ -96,4 +97,4 @@ def test_opcheck(dtype: torch.dtype, weighted: bool) -> None:
     x = torch.randn(2, 5, 3).to(dtype)
     weight = torch.ones(2, 5, dtype=dtype) if weighted else None
     keep, source = torch.tensor([[0, 2, 4], [0, 1, 2]]), torch.tensor([[1, 3], [3, 4]])
-    torch.library.opcheck(merge_tokens, (x, weight, keep, source, torch.tensor([[1, 1], [2, 1]]), 1))
+    torch.library.opcheck(merge_tokens, (x, weight, keep, source, torch.tensor([[0, 0], [1, 0]]), 1, False))

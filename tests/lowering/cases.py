@@ -588,17 +588,20 @@ def _tokens() -> list[Case]:
     scores = Input(("B", "N"))
     four = Input(("B", 2, "N", 4))
 
-    def merge(b: Any, x: Any, order: Any, slot: Any, weight: Any = None) -> Any:
+    def merge(b: Any, x: Any, order: Any, slot: Any, weight: Any = None, first: Any = 0) -> Any:
         keep = b.slice(order, 1, 0, b.sub_sizes(b.size(x, 1), 2))
         source = b.slice(order, 1, b.sub_sizes(b.size(x, 1), 2), b.size(x, 1))
-        made = b.call(ops.merge_tokens.default, x, weight, keep, source, slot, 0)
+        made = b.call(ops.merge_tokens.default, x, weight, keep, source, slot, first, weight is not None)
         return b.call(operator.getitem, made, 0), b.call(operator.getitem, made, 1)
+
+    def last_merge(b: Any, x: Any, order: Any, slot: Any) -> Any:
+        return merge(b, x, order, slot, first=b.sub_sizes(b.size(x, 1), 3))
 
     def weighted_merge(b: Any, x: Any, order: Any, slot: Any, weight: Any) -> Any:
         return merge(b, x, order, slot, weight)
 
     def static_merge(b: Any, x: Any, keep: Any, source: Any, slot: Any) -> Any:
-        made = b.call(ops.merge_tokens.default, x, None, keep, source, slot, 0)
+        made = b.call(ops.merge_tokens.default, x, None, keep, source, slot, 0, False)
         return b.call(operator.getitem, made, 0), b.call(operator.getitem, made, 1)
 
     def greedy(b: Any, x: Any, unary: Any, first: Any) -> Any:
@@ -660,6 +663,7 @@ def _tokens() -> list[Case]:
             (INT, Input(("B", 3), "unique", "N"), Input(("B", 3), "int")),
         ),
         Case("merge_tokens", merge, (X, order, slot), half=True),
+        Case("merge_tokens-last", last_merge, (X, order, Input(("B", 2), "index", 1))),
         Case("merge_tokens-weight", weighted_merge, (X, order, slot, Input(("B", "N"), "positive")), half=True),
         Case(
             "merge_tokens-static",

@@ -166,6 +166,11 @@ class Builder(ABC):
         end = torch.iinfo(torch.int64).max if stop is None else stop
         return self.call(aten.slice.Tensor, x, axis, start, end, step)
 
+    def split(self, x: Any, axis: int, sizes: Sequence[Any]) -> list[Any]:
+        """Cut an axis into parts of given sizes."""
+        parts = self.call(aten.split_with_sizes.default, x, list(sizes), axis)
+        return [self.call(operator.getitem, parts, i) for i in range(len(sizes))]
+
     def cat(self, xs: Sequence[Any], axis: int) -> Any:
         """Concatenate along an axis."""
         return xs[0] if len(xs) == 1 else self.call(aten.cat.default, list(xs), axis)
@@ -242,13 +247,17 @@ class Builder(ABC):
         """``torch.gather``; meant for small ``[B, K]`` index tensors."""
         return self.call(aten.gather.default, x, axis, index)
 
+    def look_up(self, table: Any, index: Any) -> Any:
+        """Take entries of a 1-D table; the result has the shape of ``index``."""
+        return self.call(aten.index.Tensor, table, [index])
+
     def scatter(self, x: Any, axis: int, index: Any, source: Any) -> Any:
         """Out-of-place ``scatter`` without reduction; indices must be unique."""
         return self.call(aten.scatter.src, x, axis, index, source)
 
-    def arange(self, stop: Any, like: Any) -> Any:
-        """int64 ``[0, stop)`` on the device of ``like``."""
-        return self.call(aten.arange.start_step, 0, stop, 1, dtype=torch.int64, device=self.device(like))
+    def arange(self, stop: Any, like: Any, *, start: Any = 0, step: int = 1) -> Any:
+        """int64 ``start, start + step, ...`` below ``stop``, on the device of ``like``."""
+        return self.call(aten.arange.start_step, start, stop, step, dtype=torch.int64, device=self.device(like))
 
     def full(self, shape: Sequence[Any], value: float | bool, dtype: torch.dtype, like: Any) -> Any:
         """Constant tensor on the device of ``like``."""

@@ -68,13 +68,13 @@ def scatter_tokens(t: Translator, node: fx.Node, base: Any, index: Any, values: 
 
 
 def merge_tokens(
-    t: Translator, node: fx.Node, x: Any, weight: Any, keep: Any, source: Any, slot: Any, first: int
+    t: Translator, node: fx.Node, x: Any, weight: Any, keep: Any, source: Any, slot: Any, first: Any, padded: bool
 ) -> Any:
     """``x_kept * (w_kept / total) + share @ x_source``: one product with the one-hot of the merged tokens' slots.
 
     The product runs over all kept rows: it is small beside the copies that leaving out untouched rows would need.
     """
-    del node, first
+    del node
     dtype = x.meta["val"].dtype
     value, keep_v, slot_v = t.value(x), t.value(keep), t.value(slot)
     slots = keep.meta["val"].shape[1]
@@ -82,12 +82,13 @@ def merge_tokens(
     source_rows = t.op("Unsqueeze", t.value(source), t.op.ints([2]))
     base = t.op("GatherND", value, kept_rows, batch_dims=1)  # [B, K, C]
     moved = t.op("GatherND", value, source_rows, batch_dims=1)  # [B, R, C]
-    if isinstance(slots, int):
-        places = t.op.constant(np.arange(slots)[:, None], _INT)  # [K, 1]
+    before = t.size(first)
+    if isinstance(slots, int) and isinstance(before, int):
+        places = t.op.constant(np.arange(-before, slots - before)[:, None], _INT)  # [K, 1]
     else:
         size = t.op("Squeeze", t.op("Shape", keep_v, start=1, end=2))
         row = t.op("Range", t.op.constant(0, _INT), size, t.op.constant(1, _INT))
-        places = t.op("Unsqueeze", row, t.op.ints([1]))
+        places = t.op("Unsqueeze", t.op("Sub", row, t.value(first, torch.int64)), t.op.ints([1]))
     hot = t.op("Equal", t.op("Unsqueeze", slot_v, t.op.ints([1])), places)  # [B, K, R]
     hot = t.op("Cast", hot, to=int(ir_dtype(dtype)))
     if weight is None:
@@ -100,7 +101,7 @@ def merge_tokens(
         mass = t.op("GatherND", weights, source_rows, batch_dims=1)  # [B, R, 1]
         total = t.op("Add", own, t.op("MatMul", hot, mass))
         moved = t.op("Mul", moved, mass)
-        divisor = t.op("Max", total, t.value(float(torch.finfo(dtype).tiny), dtype))
+        divisor = t.op("Max", total, t.value(float(torch.finfo(dtype).tiny), dtype)) if padded else total
     joined = t.op("MatMul", t.op("Div", hot, divisor), moved)  # [B, K, C]
     merged = t.op("Add", t.op("Mul", base, t.op("Div", own, divisor)), joined)
     return merged, t.op("Squeeze", total, t.op.ints([2]))
