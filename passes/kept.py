@@ -40,8 +40,13 @@ def kept_stages(
     assert walk.tokens is not None
     batch, tokens = int(walk.batch.size) if walk.batch is not None else 1, int(walk.tokens.size)
     assign: Any = torch.arange(tokens).expand(batch, tokens)
-    merged = False
+    kept = torch.ones(batch, tokens, dtype=torch.bool)
+    current, merged = walk.tokens, False
     for reduction, space in zip(plan.reductions, spaces, strict=True):
+        if space is current:  # removes nothing
+            yield reduction.layer, reduction.name, kept.numpy(), assign.numpy() if merged else None
+            continue
+        current = space
         index = walk.ctx.own_index(space)
         index = index.expand(batch, -1) if index.ndim == 1 else index
         if space.assign is not None:

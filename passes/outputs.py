@@ -30,6 +30,8 @@ class OutputPlan:
         restore_at: Stream node where the tokens are given back, or None.
         values: The values, filled in by :func:`contract_outputs`.
         named: Outputs that the policy names; `*` asks rows only of outputs that have tokens.
+        mapped: Outputs that get a map when they are asked to be `reduced`, even where they have all tokens.
+        whole: What that map of all tokens is called.
     """
 
     names: tuple[str, ...]
@@ -37,6 +39,8 @@ class OutputPlan:
     restore_at: str | None = None
     values: tuple[Any, ...] = ()
     named: frozenset[str] = frozenset()
+    mapped: frozenset[str] = frozenset()
+    whole: str = "token_index"
 
 
 def plan_outputs(program: Program, plan: Plan) -> OutputPlan:
@@ -58,7 +62,12 @@ def plan_outputs(program: Program, plan: Plan) -> OutputPlan:
             )
     contracts = tuple(wanted.get(name, wanted.get("*", "full")) for name in names)
     named = frozenset(wanted) - {"*"}
-    return OutputPlan(names, contracts, _restore_point(program, plan, contracts), named=named)
+    # A caller that reads the map finds it whatever the budget, also when that removes nothing.
+    mapped = named if plan.reductions else frozenset(names)
+    steps = plan.policy.policy.steps
+    whole = "token_assign" if steps and all(step.node == "merge" for step in steps) else "token_index"
+    restore_at = _restore_point(program, plan, contracts)
+    return OutputPlan(names, contracts, restore_at, named=named, mapped=mapped, whole=whole)
 
 
 def _restore_point(program: Program, plan: Plan, contracts: Sequence[Any]) -> str | None:
@@ -95,7 +104,7 @@ def contract_outputs(walk: Walk, outputs: OutputPlan, values: Sequence[Any]) -> 
             walk.ctx.fail(f"output `{name}` is a sum over tokens, and dropped tokens are missing from it")
         own = value
         if contract == "reduced":
-            extra += _maps(walk, name, own)
+            extra += _maps(walk, name, own, whole=outputs.whole if name in outputs.mapped else None)
         elif contract == "last_token" or isinstance(contract, Rows):
             chosen = (-1,) if contract == "last_token" else contract.rows
             own = _rows(walk, name, own, chosen, required=name in outputs.named)
@@ -129,22 +138,36 @@ def _rows(walk: Walk, name: str, value: Value, rows: Sequence[int], *, required:
     return value.having(handle=handle, axes=axes)
 
 
-def _maps(walk: Walk, name: str, value: Value) -> list[tuple[str, Any]]:
-    """The extra output that says where the tokens of a reduced output come from."""
+def _maps(walk: Walk, name: str, value: Value, *, whole: str | None) -> list[tuple[str, Any]]:
+    """The extra output that says where the tokens of a reduced output come from.
+
+    Args:
+        walk: The walk.
+        name: Of the output.
+        value: The output.
+        whole: What the map of an output that has all tokens is called; None = there is none.
+    """
     for axis in value.axes:
         for factor in axis:
             space = factor.space
-            if space is None or space.is_batch or not space.reduced:
+            if space is None or space.is_batch or not (space.reduced or whole):
                 continue
             with walk.builder.inserting("restore"):
+                if not space.reduced:
+                    index = walk.builder.arange(space.size, value.handle)
+                    return [(f"{name}.{whole}", _per_sample(walk, index))]
                 if all(step.assign is not None for step in space.chain[1:]):
                     return [(f"{name}.token_assign", _assign(walk, space))]
-                index = walk.ctx.index_between(space.root, space)
-                if len(walk.builder.shape(index)) == 1:
-                    assert walk.batch is not None
-                    index = walk.builder.expand(walk.builder.unsqueeze(index, 0), [walk.batch.size, -1])
-                return [(f"{name}.token_index", index)]
+                return [(f"{name}.token_index", _per_sample(walk, walk.ctx.index_between(space.root, space)))]
     return []
+
+
+def _per_sample(walk: Walk, index: Any) -> Any:
+    b = walk.builder
+    if len(b.shape(index)) == 2:
+        return index
+    assert walk.batch is not None
+    return b.expand(b.unsqueeze(index, 0), [walk.batch.size, -1])
 
 
 def _assign(walk: Walk, space: TokenSpace) -> Any:

@@ -30,7 +30,7 @@ class Plan:
         sites: The model's sites.
         reductions: In execution order.
         warnings: What the report must say.
-        made: Filled by the walk: the spaces the reductions made.
+        made: Filled by the walk: the space behind each reduction, the one before it again where it removes nothing.
     """
 
     policy: LoadedPolicy
@@ -87,6 +87,13 @@ def _plan_step(
     policy: LoadedPolicy, number: int, step: Step, sites: Sites, made: list[TokenSpace]
 ) -> list[PlannedReduction]:
     where = policy.where(("steps", number))
+    if step.node == "evict_kv":
+        raise PlanError(
+            "the model has no key-value cache to evict from",
+            policy=policy.where(("steps", number, "node")),
+            needed="a decoder that takes its past keys and values as inputs and returns them, grown",
+            help="compile a causal language model (`--task text-generation`), or use a `prune` or `merge` step",
+        )
     if step.node not in ("prune", "merge"):
         raise PlanError(
             f"`{step.node}` steps are not available in this version of tokcc",
@@ -205,7 +212,7 @@ def _cut(policy: LoadedPolicy, number: int, step: Step, sites: Sites, layer: int
             policy=policy.where(("steps", number, "at")),
             node=block.label,
             needed="a point of the residual stream that everything passes and several computations read",
-            found="a parallel block: attention and MLP read the same input" if block.block_output else "none",
+            found=block.no_cut or "none",
             help="use `site: block_output`" if block.block_output else "`tokcc inspect MODEL` lists the cuts",
         )
     return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from tokcc.ir.value import Value
 from tokcc.passes.outputs import OutputPlan, contract_outputs, plan_outputs
 from tokcc.passes.plan import Plan
 
-__all__ = ["Propagate", "finish", "reduce_walk"]
+__all__ = ["Propagate", "finish", "reduce_walk", "refuse_fixed_sizes"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ def reduce_walk(
         if error.policy is not None or len(plan.made) == made:
             raise
         raise plan.reductions[len(plan.made) - made - 1].refused(error) from error
+    if not any(space.reduced for space in plan.made[made:]):
+        outputs = replace(
+            outputs, mapped=frozenset(outputs.names)
+        )  # nothing was removed: as with a policy without steps
     return walk, contract_outputs(walk, outputs, values)
 
 
@@ -89,8 +94,48 @@ class Propagate:
         return PassResult(finish(program, builder, outputs), True)
 
 
-def finish(program: Program, builder: GraphBuilder, outputs: OutputPlan) -> Program:
-    """Close a rebuilt graph: outputs, constants and signature."""
+def refuse_fixed_sizes(program: Program, builder: GraphBuilder) -> None:
+    """Check that every size that the caller wants to vary still varies.
+
+    Raises:
+        AxisError: When evaluating the rebuilt graph fixed or narrowed one.
+    """
+    loss = builder.inputs.loss()
+    if loss is None:
+        return
+    name = program.size_names.get(loss.symbol, str(loss.symbol))
+    node = loss.node
+    label = None if node is None else node.meta.get("tokcc") or node.meta.get("origin")
+    raise AxisError(
+        f"the dynamic size `{name}` ({loss.axis}) would not be dynamic any more",
+        node=None if node is None else f"{node.name} ({label})" if label else node.name,
+        needed=f"{loss.wanted}, as the model was exported",
+        found=loss.left,
+        help="export with another example size on this axis, give it this range, or make it static; please report it",
+    )
+
+
+def finish(
+    program: Program,
+    builder: GraphBuilder,
+    outputs: OutputPlan,
+    *,
+    inputs: Sequence[InputSpec] = (),
+    input_names: Mapping[str, str] | None = None,
+) -> Program:
+    """Close a rebuilt graph: outputs, constants and signature.
+
+    Args:
+        program: The program that was rebuilt.
+        builder: Holds the new graph.
+        outputs: What leaves it.
+        inputs: New inputs, behind the program's own.
+        input_names: What the caller calls them, by placeholder.
+
+    Raises:
+        AxisError: When rebuilding it fixed or narrowed a size that the caller wants to vary.
+    """
+    refuse_fixed_sizes(program, builder)
     graph = builder.graph
     handles = [value.handle if isinstance(value, Value) else value for value in outputs.values]
     node = graph.output(tuple(handles))
@@ -115,13 +160,14 @@ def finish(program: Program, builder: GraphBuilder, outputs: OutputPlan) -> Prog
         )
         out_specs.append(ExportOutputSpec(kind, argument, known.target if known is not None else None))
     remove_dead(graph)
-    signature = ExportGraphSignature(input_specs=[*specs, *users], output_specs=out_specs)
+    signature = ExportGraphSignature(input_specs=[*specs, *users, *inputs], output_specs=out_specs)
     result = replace(
         program,
         graph=graph,
         signature=signature,
         constants={**program.constants, **builder.constants},
         output_names=outputs.names,
+        input_names={**program.input_names, **(input_names or {})},
         symbols={**program.symbols, **builder.definitions},
     )
     return result.refreshed()

@@ -16,7 +16,7 @@ from tokcc.errors import AxisError
 from tokcc.ir.space import Factor, TokenSpace
 from tokcc.ir.value import Value
 from tokcc.passes.budget import Count
-from tokcc.passes.cut import AttentionView, Cut
+from tokcc.passes.cut import AttentionView, Chosen, Cut
 from tokcc.passes.padding import padding_of
 from tokcc.passes.piece import Reducer, Score, Selector
 
@@ -64,6 +64,7 @@ class PlannedReduction:
     seed: int
     sites: Sites
     made: list[TokenSpace]
+    """Where the space behind each reduction is noted: the one before it again, when it removes nothing."""
 
     def apply(self, walk: Walk, node: fx.Node, value: Value) -> Value:
         """Emit the reduction and return the reduced stream."""
@@ -109,10 +110,17 @@ class PlannedReduction:
             seed=self.seed,
             attention=attention,
         )
+        if self._nothing_to_remove(cut):
+            self.made.append(space)
+            return value
         score = None if self.score is None else self.score.emit(cut)
         chosen = self.select.select(cut, score)
         if not isinstance(chosen, self.reduce.takes):
             walk.ctx.fail(f"`{self.reduce.kind}` cannot take what `{self.select.kind}` selects")
+        if self._removes_nothing(cut, chosen):
+            # What the selector emitted is read by nobody, and goes.
+            self.made.append(space)
+            return value
         child = TokenSpace(
             name=f"tokens/{self.layer}.{self.site}",
             size=None,
@@ -130,6 +138,15 @@ class PlannedReduction:
         axes[axis] = (Factor(child, space.root.old),)
         handle = reduced if axis == 1 else b.transpose(reduced, 0, 1)
         return value.having(handle=handle, axes=tuple(axes), side=False)
+
+    def _nothing_to_remove(self, cut: Cut) -> bool:
+        """True in a program of static length with at most one candidate: the last one always stays."""
+        return isinstance(self.sites.tokens, int) and isinstance(cut.candidates, int) and cut.candidates <= 1
+
+    def _removes_nothing(self, cut: Cut, chosen: Chosen) -> bool:
+        """True where every token stays, whatever the input: in a program of static length and without padding."""
+        sizes = (self.sites.tokens, cut.tokens, chosen.size)
+        return cut.valid is None and all(isinstance(size, int) for size in sizes) and chosen.size == cut.tokens
 
 
 def _current_space(walk: Walk, value: Value) -> tuple[TokenSpace, int]:

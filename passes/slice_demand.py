@@ -23,7 +23,7 @@ from tokcc.ir.program import PassResult, Program
 from tokcc.ir.space import Factor, TokenSpace
 from tokcc.ir.value import Value
 from tokcc.passes.outputs import OutputPlan
-from tokcc.passes.propagate import finish
+from tokcc.passes.propagate import finish, refuse_fixed_sizes
 
 __all__ = ["SliceDemand"]
 
@@ -65,7 +65,7 @@ class _Demand:
         """Name of the stream before a reduction, when only tokens are wanted that the reduction does not touch."""
         mark = node.meta.get("tokcc_prefix")
         own = self.wanted.get(node)
-        if mark is None or own is None or len(own) != 3 or own[1] or self.rows[-1] >= mark[1]:
+        if mark is None or own is None or len(own) != 3 or own[1] or any(not 0 <= row < mark[1] for row in self.rows):
             return None
         return str(mark[0])
 
@@ -182,6 +182,26 @@ def _reshape_through(node: fx.Node, operand: fx.Node, own: Wanted) -> Wanted | N
     return tuple(wanted)
 
 
+def _chosen(node: fx.Node) -> range:
+    """Return the positions that a selection along its axis takes; negative ones are counted from a symbolic end."""
+    operand: Any = node.args[0]
+    size: Any = operand.meta["val"].shape[_axis(node, 1, _rank(operand))]
+    given: list[Any] = list(node.args[2:])
+    if node.target is aten.select.int:
+        given = [given[0], given[0] + 1 if isinstance(given[0], int) else None]
+    given += [0, torch.iinfo(torch.int64).max, 1][len(given) :]
+    start, stop, step = given
+    if not isinstance(start, int) or not isinstance(stop, int) or step != 1:
+        return range(0)
+    if start < 0:
+        stop = 0 if stop > 0 else stop  # behind the last one
+        if isinstance(size, int):
+            start, stop = start + size, stop + size
+    rows = range(start, stop)
+    one_side = start >= 0 or stop <= 0
+    return rows if len(rows) <= _LONGEST_SLICE and one_side else range(0)
+
+
 def _count(sizes: Sequence[Any]) -> Any:
     total: Any = 1
     for size in sizes:
@@ -235,11 +255,16 @@ class SliceDemand:
         left_out = demand.left_out()
         if left_out:
             demand = self._demand(_without(program, left_out))
+        builder = GraphBuilder(fake_mode_of(demand.program))
         try:
-            return self._rebuild(demand.program, demand, demand.rows)
+            outputs = self._rebuild(builder, demand.program, demand, demand.rows)
         except AxisError as error:
+            refuse_fixed_sizes(program, builder)
             # Slicing is an optimisation: where a rule does not carry rows, the program stays as it is, and says so.
             return PassResult(program.noting(f"demand slicing was not applied: {error.what} ({error.node})"), False)
+        if outputs is None:
+            return PassResult(program, False)
+        return PassResult(finish(demand.program, builder, outputs), True)
 
     def _demand(self, program: Program) -> _Demand:
         demand = _Demand(program, *self._selections(program))
@@ -253,21 +278,12 @@ class SliceDemand:
         for node in program.graph.nodes:
             if node.op != "call_function" or not self._takes_tokens(node):
                 continue
-            if node.target is aten.select.int and isinstance(node.args[2], int) and node.args[2] >= 0:
+            chosen = _chosen(node)
+            if chosen:
                 starts.add(node)
-                rows.add(node.args[2])
-            elif node.target is aten.slice.Tensor:
-                start, stop = (*node.args[2:4], None, None)[:2]
-                step = node.args[4] if len(node.args) > 4 else 1
-                if (
-                    isinstance(start, int)
-                    and isinstance(stop, int)
-                    and 0 <= start < stop <= start + _LONGEST_SLICE
-                    and step == 1
-                ):
-                    starts.add(node)
-                    rows.update(range(start, stop))
-        return starts, tuple(sorted(rows))
+                rows.update(chosen)
+        # Rows counted from the end come behind those counted from the front, as far as one can know.
+        return starts, tuple(sorted(rows, key=lambda row: (row < 0, row)))
 
     def _takes_tokens(self, node: fx.Node) -> bool:
         if self.sites is None or node.target not in (aten.select.int, aten.slice.Tensor):
@@ -281,8 +297,10 @@ class SliceDemand:
         dim = _axis(node, 1, source.rank)
         return any(f.space is not None and not f.space.is_batch for f in source.axes[dim])
 
-    def _rebuild(self, program: Program, demand: _Demand, rows: tuple[int, ...]) -> PassResult:
-        builder = GraphBuilder(fake_mode_of(program))
+    def _rebuild(
+        self, builder: GraphBuilder, program: Program, demand: _Demand, rows: tuple[int, ...]
+    ) -> OutputPlan | None:
+        """Rebuild the program with slices; None when there is nothing to slice."""
         spaces: dict[str, TokenSpace] = {}
         changed = False
 
@@ -307,7 +325,7 @@ class SliceDemand:
                 return value
             for axis, wanted in enumerate(asked):
                 one = isinstance(value.old[axis], int) and value.old[axis] == 1
-                if not wanted and whole[axis] and not one and not value.spaces and rows[-1] < _least(value.old[axis]):
+                if not wanted and whole[axis] and not one and not value.spaces and _fit(rows, value.old[axis]):
                     value = narrow(walk, value, axis)
             return value
 
@@ -315,14 +333,13 @@ class SliceDemand:
         walk = Walk(program, builder, None, on_operand=on_operand, actions=actions)
         values = walk.run()
         if not changed:
-            return PassResult(program, False)
+            return None
         for value in values:
             if isinstance(value, Value) and value.reduced:
                 walk.ctx.fail("an output would lose rows")
-        outputs = OutputPlan(program.output_names, ("full",) * len(program.output_names), None, tuple(values))
-        return PassResult(finish(program, builder, outputs), True)
+        return OutputPlan(program.output_names, ("full",) * len(program.output_names), None, tuple(values))
 
 
-def _least(size: Any) -> int:
+def _fit(rows: Sequence[int], size: Any) -> bool:
     """A row list must fit; symbolic sizes are at least as long as their rows by the model's own selection."""
-    return size if isinstance(size, int) else 2**31
+    return not isinstance(size, int) or all(0 <= row < size for row in rows)

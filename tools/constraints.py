@@ -13,10 +13,10 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("cpu", "hf", "report", "dev", "weights")
+EXTRAS = ("cpu", "hf", "report", "gguf", "openvino", "dev")
 HEAD = """\
 # Exact versions that the tests pass with; written by tools/constraints.py.
-# pip install -c constraints.txt -e ".[cpu,hf,report,dev]"
+# pip install -c constraints.txt -e ".[cpu,hf,report,openvino,dev]"
 """
 
 

@@ -4,33 +4,31 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-
 from tokcc.ir.space import TokenSpace
 from tokcc.passes.cut import Cut, Kept
 from tokcc.passes.piece import Reducer
+from tokcc.passes.reducers.fuse_rest import FuseRest
+from tokcc.passes.taking import take
 
-__all__ = ["Drop", "take"]
-
-
-def take(cut: Cut, values: Any, index: Any) -> Any:
-    """Take tokens of ``[B, N, ...]`` by ``[B, K]`` or ``[K]``."""
-    b = cut.b
-    if len(b.shape(index)) == 1:
-        return b.call(torch.ops.aten.index_select.default, values, 1, index)
-    if len(b.shape(values)) == 2:
-        return b.gather(values, 1, index)
-    return b.call(torch.ops.tokcc.gather_tokens.default, values, index, 1, 0)
+__all__ = ["Drop"]
 
 
 class Drop(Reducer):
-    """The selected tokens stay as they are; the others are gone."""
+    """The selected tokens stay as they are; the others are gone.
+
+    Attributes:
+        fuse_rest: Append one token made of the others, as the reducer `fuse_rest` does with its defaults.
+    """
 
     kind: ClassVar[str] = "drop"
     takes: ClassVar[tuple[type, ...]] = (Kept,)
 
+    fuse_rest: bool = False
+
     def reduce(self, cut: Cut, chosen: Kept, child: TokenSpace) -> Any:
         """See :class:`Drop`."""
+        if self.fuse_rest:
+            return FuseRest().reduce(cut, chosen, child)
         child.size, child.index, child.valid = chosen.size, chosen.index, chosen.valid
         child.ascending = chosen.ascending
         child.base = cut.x

@@ -10,7 +10,7 @@ from tokcc.ir.space import TokenSpace
 from tokcc.passes.cut import Cut, Kept
 from tokcc.passes.ordering import LOWEST, masked, topk
 from tokcc.passes.piece import Reducer
-from tokcc.passes.reducers.drop import take
+from tokcc.passes.taking import take
 
 __all__ = ["FuseRest"]
 

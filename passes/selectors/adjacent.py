@@ -104,7 +104,7 @@ class Adjacent(Selector):
         slot = b.gather(place, 1, left)
         if p:
             keep = b.cat([cut.per_sample(b.arange(p, cut.x)), b.add(keep, p)], 1)
-            slot, source = b.add(slot, p), b.add(source, p)
+            source = b.add(source, p)
         return Matched(keep, source, slot, p, b.sub_sizes(cut.tokens, count), ascending=True)
 
     def _padded(self, cut: Cut, cosine: Any, left: Any, count: Any) -> Matched:

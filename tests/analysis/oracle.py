@@ -173,7 +173,7 @@ class Reduce:
         halves = b.call(aten.div.Tensor_mode, b.arange(gone, cut.x), 2, rounding_mode="floor")
         slot = cut.per_sample(b.add(halves, PREFIX))
         self.handles.update(keep=keep, source=source, slot=slot)
-        return Matched(keep, source, slot, PREFIX, b.add_sizes(kept, PREFIX))
+        return Matched(keep, source, cut.per_sample(halves), PREFIX, b.add_sizes(kept, PREFIX))
 
 
 # tracing --------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from tokcc.backends import atomic
+from tokcc.backends import atomic, leftovers
 from tokcc.backends.bundle import BackendEntry, Bundle, BundleWriter, Manifest, TensorContract
 from tokcc.errors import OutputError, UsageError
 
@@ -135,6 +135,18 @@ class TestRefuse:
         assert os.listdir(tmp_path) == []
 
 
+def killed_while_writing(output: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from tokcc.backends.bundle import BundleWriter\n"
+        "with BundleWriter(sys.argv[1], force=True) as writer:\n"
+        "    (writer.path / 'model.onnx').write_text('second')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(output)], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
 class TestInterrupted:
     @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
     def test_the_previous_bundle_stays(self, tmp_path: Path, error: type[BaseException]) -> None:
@@ -213,17 +225,68 @@ class TestInterrupted:
     def test_a_killed_process(self, tmp_path: Path) -> None:
         write_bundle(tmp_path / "out", "first")
         before = tree(tmp_path / "out")
-        code = (
-            "import os, signal, sys\n"
-            "from tokcc.backends.bundle import BundleWriter\n"
-            "with BundleWriter(sys.argv[1], force=True) as writer:\n"
-            "    (writer.path / 'model.onnx').write_text('second')\n"
-            "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        )
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
-        assert done.returncode == -signal.SIGKILL
+        killed_while_writing(tmp_path / "out")
         assert tree(tmp_path / "out") == before
         write_bundle(tmp_path / "out", "third", force=True).verify()
+
+
+class TestLeftovers:
+    """What was left by a process that was killed goes; everything else stays."""
+
+    pytestmark = pytest.mark.skipif(leftovers._world() is None, reason="processes cannot be told apart here")
+
+    @pytest.fixture
+    def dead(self) -> int:
+        process = subprocess.Popen([sys.executable, "-c", ""])
+        process.wait()
+        return process.pid
+
+    def name(self, process: int | str, *, world: str | None = None) -> str:
+        return f".out.tmp-{world or leftovers._world()}-{process}-abc12_z9"
+
+    def test_of_a_killed_process(self, tmp_path: Path) -> None:
+        killed_while_writing(tmp_path / "out")
+        (left,) = os.listdir(tmp_path)
+        write_bundle(tmp_path / "other")
+        assert sorted(os.listdir(tmp_path)) == [left, "other"], "another bundle's writer leaves it alone"
+        write_bundle(tmp_path / "out")
+        assert sorted(os.listdir(tmp_path)) == ["other", "out"]
+
+    def test_of_a_dead_process(self, tmp_path: Path, dead: int) -> None:
+        (tmp_path / self.name(dead) / "figures").mkdir(parents=True)
+        write_bundle(tmp_path / "out")
+        assert os.listdir(tmp_path) == ["out"]
+
+    def test_of_a_live_process(self, tmp_path: Path) -> None:
+        with BundleWriter(tmp_path / "out") as first:
+            write_bundle(tmp_path / "out", "second")
+            assert first.path.is_dir()
+
+    def test_of_others(self, tmp_path: Path, dead: int) -> None:
+        folders = [
+            self.name(1),
+            self.name(dead, world="0123456789ab"),
+            self.name(dead).replace(".tmp-", ".tmp-old-"),
+            self.name(dead).replace(".out", ".out2"),
+            self.name(f"{dead}x"),
+            ".out.tmp-abc12_z9",
+        ]
+        for folder in folders:
+            (tmp_path / folder).mkdir()
+        (tmp_path / self.name(dead)).symlink_to(tmp_path / folders[0])
+        (tmp_path / self.name(dead).replace("z9", "z8")).write_text("a file")
+        before = set(os.listdir(tmp_path))
+        write_bundle(tmp_path / "out")
+        assert set(os.listdir(tmp_path)) == before | {"out"}
+
+    def test_where_processes_cannot_be_told_apart(
+        self, tmp_path: Path, dead: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / self.name(dead)).mkdir()
+        (tmp_path / self.name(dead, world="x")).mkdir()
+        monkeypatch.setattr(leftovers, "_world", lambda: None)
+        write_bundle(tmp_path / "out")
+        assert len(os.listdir(tmp_path)) == 3
 
 
 class TestRead:

@@ -133,9 +133,9 @@ class Nested(nn.Module):
         return x + pair[0] * pair[1]
 
 
-def test_example_feeds_by_placeholder() -> None:
+def test_example_feeds_by_name() -> None:
     x, y, z = (torch.full((2,), float(i)) for i in range(3))
     program = trace(Nested(), {"x": x, "pair": (y, z)})  # type: ignore[dict-item]  # inputs may be nested
     feeds = example_feeds(program, (), {"x": x, "pair": (y, z)})
-    assert list(feeds) == [node.name for node in program.user_inputs]
+    assert list(feeds) == ["x", "pair.0", "pair.1"]
     assert [float(value[0]) for value in feeds.values()] == [0.0, 1.0, 2.0]

@@ -290,7 +290,21 @@ def test_head_that_would_be_random(bert: Path) -> None:
 def test_decoder(tmp_path: Path) -> None:
     arguments = {**TEXT, "num_key_value_heads": 2}
     folder = _save(tmp_path / "m", "LlamaForCausalLM", "LlamaConfig", arguments)
-    assert "factory" in (_refused(folder).help or "")
+    loaded = load(folder)
+    assert loaded.task == "text-generation"
+    assert list(loaded.example_kwargs) == ["input_ids", "attention_mask", "position_ids", "past_key_values"]
+    layer = loaded.example_kwargs["past_key_values"][0]
+    assert layer["key"].shape == layer["value"].shape
+    assert layer["key"].shape[1] == 2
+    assert loaded.module is not None
+    present = loaded.module(**loaded.example_kwargs)["present"]
+    assert present[0]["key"].shape[2] == layer["key"].shape[2] + loaded.example_kwargs["input_ids"].shape[1]
+
+
+def test_several_gguf_files(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    assert "a.gguf, b.gguf" in (_refused(tmp_path).found or "")
 
 
 def test_pickled_weights_need_consent(vit: Path) -> None:

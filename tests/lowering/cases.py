@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -615,9 +616,43 @@ def _tokens() -> list[Case]:
         unary = b.where(blocked, float("-inf"), 0.0)
         return b.call(ops.greedy_select.default, b.matmul(x, b.transpose(x, 1, 2)), unary, first, 1)
 
+    heads, grown = Input(("B", 4, "M", 8)), Input(("B", 2, "N", 8))
+    attend = ops.cached_attention.default
+
+    def cached(b: Any, q: Any, k: Any, v: Any, *, window: int = 0, softcap: float = 0.0, padded: bool = False) -> Any:
+        real = b.compare("ge", b.sum(b.slice(b.slice(v, 1, 0, 1), 3, 0, 1), 3), -1.0 if padded else -1e4)
+        made = b.call(attend, b.slice(q, 2, 0, 3), k, v, b.squeeze(real, 1), window, 0.3, softcap)
+        return tuple(b.call(operator.getitem, made, i) for i in range(2))
+
+    def out_only(b: Any, q: Any, k: Any, v: Any) -> Any:
+        return cached(b, q, k, v)[0]
+
     index = Input(("B", 3), "index", "N")
     order, slot = Input(("B", "N"), "unique", "N"), Input(("B", 2), "index", 2)
     return [
+        Case("cached_attention", cached, (heads, grown, grown), half=True),
+        Case("cached_attention-out", out_only, (heads, grown, grown)),
+        Case("cached_attention-padded", functools.partial(cached, padded=True), (heads, grown, grown)),
+        Case("cached_attention-window", functools.partial(cached, window=2), (heads, grown, grown)),
+        Case("cached_attention-softcap", functools.partial(cached, softcap=5.0), (heads, grown, grown)),
+        Case(
+            "gather_slots",
+            of(ops.gather_slots.default),
+            (grown, Input(("B", 2, 3), "index", "N")),
+            half=True,
+        ),
+        Case("retain_slots", of(ops.retain_slots.default, 3), (Input(("B", 2, "N")),)),
+        Case("retain_slots-ties", of(ops.retain_slots.default, 3), (Input(("B", 2, "N"), "index", 3),)),
+        Case(
+            "retain_slots-one",
+            lambda b, x: b.call(ops.retain_slots.default, x, b.sub_sizes(b.size(x, 2), 1)),
+            (Input(("B", 2, "N"), "index", 3),),
+        ),
+        Case(
+            "retain_slots-all",
+            lambda b, x: b.call(ops.retain_slots.default, x, b.size(x, 2)),
+            (Input(("B", 2, "N")),),
+        ),
         Case("gather_tokens", lambda b, x, i: b.call(ops.gather_tokens.default, x, i, 1, 0), (X, index), half=True),
         Case(
             "gather_tokens-last",

@@ -135,6 +135,33 @@ def test_reduced_says_which_tokens_were_kept(model: Encoder, inputs: dict[str, T
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        ([], "token_index"),
+        ([{"preset": "evit", "budget": {"keep": 1.0}}], "token_index"),
+        ([{"preset": "tome", "r": 0}], "token_assign"),
+    ],
+)
+@pytest.mark.parametrize("output", ["*", "tokens"])
+def test_reduced_by_nothing_says_that_all_tokens_are_there(
+    model: Encoder, inputs: dict[str, Tensor], steps: list[Any], name: str, output: str
+) -> None:
+    found, _ = _reduced(model, inputs, {"version": 1, "steps": steps, "outputs": {output: "reduced"}})
+    mapped = ["tokens"] if output == "tokens" else ["tokens", "scores", "hidden"]
+    assert list(found) == ["tokens", "scores", "cls", "hidden", *(f"{each}.{name}" for each in mapped)]
+    for each in mapped:
+        index = found[f"{each}.{name}"]
+        assert index.dtype == torch.int64
+        assert index.tolist() == [list(range(TOKENS))] * 2
+
+
+def test_a_named_output_in_front_of_the_cut_has_all_tokens(model: Encoder, inputs: dict[str, Tensor]) -> None:
+    found, _ = _reduced(model, inputs, _policy("prune", {"hidden": "reduced"}))
+    assert found["hidden.token_index"].tolist() == [list(range(TOKENS))] * 2
+    assert "tokens.token_index" not in found
+
+
 def test_contracts_are_per_output(model: Encoder, inputs: dict[str, Tensor]) -> None:
     found, (space,) = _reduced(model, inputs, _policy("prune", {"scores": "reduced", "*": "full"}))
     assert list(found) == ["tokens", "scores", "cls", "hidden", "scores.token_index"]

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
+from tests.passes.reference_models import audio, frames
 from tests.zoo import ZOO
 from tokcc.analysis.ledger import Ledger, ledger
 from tokcc.analysis.sites import find_sites
@@ -250,3 +252,52 @@ def test_without_sites_nothing_is_sliced() -> None:
     assert not SliceDemand().run(program).modified
     assert SliceDemand(find_sites(program)).run(program).modified
     assert plan_for(program, "none").reductions == ()
+
+
+class Rows(nn.Module):
+    """An encoder of frames of which some rows are read."""
+
+    def __init__(self, rows: Any) -> None:
+        super().__init__()
+        self.encoder, self.rows = audio(2), rows
+
+    def forward(self, frames: Tensor) -> Tensor:
+        hidden = self.encoder(frames)
+        hidden = next(iter(hidden.values())) if isinstance(hidden, dict) else hidden
+        return torch.cat([hidden[:, row].flatten(1) for row in self.rows], 1)
+
+
+ENDS = [[-1], [slice(-3, None)], [slice(-3, -1)], [0, -1], [0, 2, -2]]
+
+
+HALF = {"node": "prune", "select": {"kind": "uniform"}, "budget": {"keep": 0.5}, "at": {"layers": [0]}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps"), [*((rows, []) for rows in ENDS), ([-1], [HALF]), ([0, 2, -2], [HALF])], ids=str
+)
+def test_rows_from_a_dynamic_end(rows: list[Any], steps: list[Any]) -> None:
+    """The end of a sequence of symbolic length is found when it runs."""
+    shapes = {"frames": {0: Dim("batch", min=1, max=9), 1: Dim("sequence", min=4, max=60)}}
+    program = trace(Rows(rows), {"frames": frames(2, 16)}, shapes)
+    protect = {"first": max((row + 1 for row in rows if isinstance(row, int) and row >= 0), default=0), "last": 3}
+    policy: Policy = {"version": 1, "steps": [{**step, "protect": protect} for step in steps]}
+    whole, result, changed, plan = sliced(program, policy)
+    assert changed, result.notes
+    for length in (23, 9, 6):
+        assert_lossless(whole, result, {"frames": frames(3, length, seed=length)})
+    inputs = {"frames": frames(2, 40)}
+    assert costs(plan, result, inputs).blocks[-1].flops < 0.75 * costs(plan, whole, inputs).blocks[-1].flops
+
+
+@pytest.mark.parametrize("chosen", ["last_token", {"rows": [0, -1]}], ids=str)
+def test_an_output_of_the_last_row(chosen: Any) -> None:
+    """What a contract asks for is followed, also where the length is dynamic."""
+    shapes = {"frames": {0: Dim("batch", min=1, max=9), 1: Dim("sequence", min=4, max=60)}}
+    program = trace(audio(2), {"frames": frames(2, 16)}, shapes)
+    whole, result, changed, plan = sliced(program, {"version": 1, "steps": [], "outputs": {"tokens": chosen}})
+    assert changed, result.notes
+    for length in (23, 7, 4):
+        assert_lossless(whole, result, {"frames": frames(3, length, seed=length)})
+    inputs = {"frames": frames(2, 40)}
+    assert costs(plan, result, inputs).blocks[-1].flops < 0.75 * costs(plan, whole, inputs).blocks[-1].flops

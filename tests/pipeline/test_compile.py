@@ -97,6 +97,7 @@ class TestCompile:
             "plan",
             "insert and propagate",
             "slice",
+            "run the reference",
             "lower to ONNX",
             "parity",
             "lower the baseline",
@@ -135,6 +136,16 @@ class TestCompile:
         want = session.run(None, {"pixels": pixels(seed=5).numpy()})
         for name, value in zip([o.name for o in session.get_outputs()], want, strict=True):
             np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("dynamic", [(), ("pixels:0=1..8",)])
+    def test_reduced_by_nothing(self, tmp_path: Path, dynamic: tuple[str, ...]) -> None:
+        """The engine has the index whatever is reduced."""
+        policy = {"steps": [], "outputs": {"*": "reduced"}}
+        bundle = engine_of(build(), policy, tmp_path / "out", example_inputs=(pixels(),), dynamic=dynamic)
+        found = outputs(bundle)
+        assert list(found) == ["logits", "tokens", "tokens.token_index"]
+        assert found["tokens.token_index"].tolist() == [list(range(found["tokens"].shape[1]))] * 2
+        assert verify(bundle).passed
 
     def test_dry_run(self, exported: ExportedProgram) -> None:
         plan = tokcc.compile(exported, "evit", dry_run=True)

@@ -31,6 +31,7 @@ _BETWEEN = {
     aten.clone.default,
     aten.type_as.default,
     aten.clamp.default,
+    aten.tanh.default,
     aten.maximum.default,
 }
 _MAX_STEPS = 8

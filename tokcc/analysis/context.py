@@ -140,8 +140,18 @@ class Context:
             axis = len(b.shape(inner)) - 1
             space.index = b.sub(b.slice(inner, axis, first), first)
         if space.index is None and space.rows is not None:
-            space.index = b.constant("tokcc_rows", torch.tensor(space.rows, dtype=torch.int64))
+            space.index = self._row_index(space, space.rows)
         return space.index
+
+    def _row_index(self, space: TokenSpace, rows: Sequence[int]) -> Any:
+        """Return a fixed row list as positions; rows from the end of a symbolic length are computed."""
+        b = self.builder
+        assert space.parent is not None
+        index = b.constant("tokcc_rows", torch.tensor(rows, dtype=torch.int64))
+        if min(rows) >= 0:
+            return index
+        from_end = b.constant("tokcc_from_end", torch.tensor([int(row < 0) for row in rows], dtype=torch.int64))
+        return b.add(index, b.mul(from_end, space.parent.size))
 
     def _compose(self, outer: Any, inner: Any) -> Any:
         b = self.builder

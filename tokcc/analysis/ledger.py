@@ -65,6 +65,9 @@ def node_flops(node: fx.Node, bindings: Mapping[Any, int]) -> int:
     if target is aten.scaled_dot_product_attention.default:
         query, key, value = (_shape(a, bindings) for a in args[:3])
         return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    if target is torch.ops.tokcc.cached_attention.default:
+        query, key, value = (_shape(a, bindings) for a in args[:3])
+        return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
     if target is torch.ops.tokcc.attention_probs.default:
         return 2 * math.prod(_shape(node, bindings)) * _shape(args[0], bindings)[-1]
     if target is torch.ops.tokcc.merge_tokens.default:

@@ -94,7 +94,7 @@ def _take_rows(ctx: Context, value: Value, axis: int, target: TokenSpace) -> Val
     rows = target.rows or ()
     first, last = rows[0], rows[-1]
     if rows == tuple(range(first, last + 1)):
-        handle = b.slice(value.handle, axis, first, last + 1)
+        handle = b.slice(value.handle, axis, first, None if last == -1 else last + 1)
     else:
         handle = b.call(aten.index_select.default, value.handle, axis, ctx.own_index(target))
     axes = list(value.axes)

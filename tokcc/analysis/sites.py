@@ -34,6 +34,7 @@ class Layer:
         block_output: Name of the stream node that leaves the block.
         label: Module path from the trace, for messages only.
         windowed: Why the attention does not run over the stream's token axis, or None when it does.
+        no_cut: Why a cut is missing, or None when both are there.
     """
 
     index: int
@@ -42,6 +43,7 @@ class Layer:
     block_output: str | None
     label: str
     windowed: AxisError | None = None
+    no_cut: str | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ def _layers(
         )
         points = [d for d in with_tokens if stream.branching(d)]
         after, output = _cuts(points, with_tokens, last=i + 1 == len(own))
+        no_cut = _why_no_cut(points, with_tokens, between) if after is None or output is None else None
         windowed = None
         query = axes.get(attention.query)
         if query is None or not query.spaces:
@@ -194,6 +197,7 @@ def _layers(
                 block_output=None if output is None else output.name,
                 label=_label(nodes[attention.output]),
                 windowed=windowed,
+                no_cut=no_cut,
             )
         )
     return layers
@@ -208,7 +212,7 @@ def _cuts(points: list[fx.Node], between: list[fx.Node], *, last: bool) -> tuple
         return after, points[-1]
     behind = between[between.index(after) + 1 :]
     if not last:
-        # One point per attention: a parallel block, whose only cut is its output.
+        # One point per attention, as in a parallel block: its only cut is its output.
         return None, after
     if not behind:
         return None, after
@@ -216,6 +220,22 @@ def _cuts(points: list[fx.Node], between: list[fx.Node], *, last: bool) -> tuple
         norms = [d for d in behind if d.target is after.target]
         return after, norms[0] if norms else behind[0]
     return after, behind[0]
+
+
+def _why_no_cut(points: list[fx.Node], with_tokens: list[fx.Node], between: list[fx.Node]) -> str:
+    """Say what stands behind an attention that has not got both cuts."""
+    if not points:
+        where = "that several computations read" if with_tokens else "with the tokens of the stream"
+        return f"no point behind its attention {where}"
+    only = f"one point of the stream behind its attention, {points[0].name}"
+    behind = between[between.index(points[0]) + 1 :]
+    if not behind:
+        return f"{only}: attention and MLP read the same input, or nothing follows"
+    following = behind[0]
+    if following not in with_tokens:
+        return f"{only}: {following.name} behind it does not have its tokens"
+    readers = ", ".join(sorted(str(user.name) for user in following.users))
+    return f"{only}: {following.name} behind it is only read by {readers}"
 
 
 def _is_self_attention(site: AttentionSite, axes: dict[str, Value], walk: Walk, nodes: dict[str, fx.Node]) -> bool:
@@ -290,7 +310,8 @@ def _concatenated(entry: fx.Node, axis: int) -> tuple[int, int]:
             dim = (node.args[1] if len(node.args) > 1 else 0) % entry.meta["val"].ndim
             sizes = [part.meta["val"].shape[dim] for part in parts]
             if dim == axis and not all(isinstance(s, int) and s > 64 for s in sizes):
-                widest = max(range(len(sizes)), key=lambda i: _hint(sizes[i]))
+                # Of a class token and a single patch, the patch is the one behind.
+                widest = max(range(len(sizes)), key=lambda i: (_hint(sizes[i]), i))
                 before, behind = sizes[:widest], sizes[widest + 1 :]
                 if all(isinstance(s, int) for s in (*before, *behind)):
                     return sum(before), sum(behind)

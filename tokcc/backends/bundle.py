@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokcc.backends.atomic import replace_folder
+from tokcc.backends.leftovers import make_temporary, remove_leftovers
 from tokcc.backends.manifest import (
     MANIFEST,
     BackendEntry,
@@ -137,7 +137,7 @@ class BundleWriter:
     """Writes a bundle into a temporary sibling and renames it when all is there.
 
     Leaving the ``with`` block without ``commit`` (by an error, by Ctrl-C, or on purpose) removes the temporary folder
-    and leaves a previous bundle untouched.
+    and leaves a previous bundle untouched. What a killed process left is removed by the next writer of the same bundle.
 
     Args:
         output: The bundle's folder.
@@ -233,7 +233,8 @@ class BundleWriter:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
             self._made_parents.append(folder)
         parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = Path(tempfile.mkdtemp(prefix=f".{self._target.name}.tmp-", dir=parent))
+        remove_leftovers(self._target)
+        self._temporary = make_temporary(self._target)
         mask = os.umask(0)
         os.umask(mask)
         self._temporary.chmod(0o777 & ~mask)

@@ -15,12 +15,12 @@ Feeds = dict[str, torch.Tensor]
 
 
 def example_feeds(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Feeds:
-    """Return the example inputs by placeholder name, in order."""
+    """Return the example inputs by name, in order."""
     from torch.utils import _pytree as pytree
 
     leaves = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
     nodes = [n for n in program.user_inputs if isinstance(n.meta.get("val"), torch.Tensor)]
-    return {node.name: leaf.detach() for node, leaf in zip(nodes, leaves, strict=True)}
+    return {program.public_name(node): leaf.detach() for node, leaf in zip(nodes, leaves, strict=True)}
 
 
 def make_feeds(program: Program, example: Feeds, *, seed: int = 0, variants: int = 3) -> list[Feeds]:
@@ -55,11 +55,12 @@ def _varied(value: int, allowed: tuple[int, int | None], number: int) -> int:
 def _random(program: Program, example: Feeds, sizes: Mapping[Any, int], generator: torch.Generator) -> Feeds:
     feeds: Feeds = {}
     for node in program.user_inputs:
-        if node.name not in example:
+        name = program.public_name(node)
+        if name not in example:
             continue
-        fake, known = node.meta["val"], example[node.name]
+        fake, known = node.meta["val"], example[name]
         shape = [s if isinstance(s, int) else int(s.node.expr.xreplace(dict(sizes))) for s in fake.shape]
-        feeds[node.name] = _tensor(shape, known, generator)
+        feeds[name] = _tensor(shape, known, generator)
     return feeds
 
 

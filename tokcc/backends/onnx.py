@@ -33,12 +33,26 @@ def build_onnx(program: Program, *, opset: int = 18, metadata: Mapping[str, Any]
     """
     model = translate(program, opset)
     onnx_passes.RemoveUnusedNodesPass()(model)
+    _free_state_widths(model)
     for name, value in (metadata or {}).items():
         model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     domains = {node.domain for node in model.graph.all_nodes()}
     if domains - {""}:
         raise LoweringError("the graph holds operations outside the standard domain", found=", ".join(sorted(domains)))
     return model
+
+
+def _free_state_widths(model: ir.Model) -> None:
+    """Let what a decoder carries beside keys and values come in any width.
+
+    Runtimes take every ``past_key_values.*`` for a key or a value and begin with no slots as wide as a head; from the
+    second call on they feed back what the engine gave.
+    """
+    for value in model.graph.inputs:
+        name = value.name or ""
+        state = name.startswith("past_key_values.") and not name.endswith((".key", ".value"))
+        if state and value.shape is not None and value.shape.rank() == 4 and value.shape[3] == 1:
+            value.shape = ir.Shape([*value.shape[:3], "width"])
 
 
 def save_onnx(model: ir.Model, path: Path, *, external: bool | None = None) -> list[Path]:

@@ -14,8 +14,9 @@ import torch
 from tokcc.backends.feeds import Feeds
 from tokcc.errors import ParityError
 from tokcc.ir.program import Program
+from tokcc.progress import Advance
 
-__all__ = ["Check", "Tolerance", "check_parity", "numpy_feeds", "oracle", "refuse_difference"]
+__all__ = ["Check", "Tolerance", "check_parity", "numpy_feeds", "oracle", "refuse_difference", "runner"]
 
 Array = npt.NDArray[Any]
 _RELATIVE = {torch.float32: 2e-4, torch.float64: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -55,11 +56,15 @@ def numpy_feeds(feeds: Feeds) -> dict[str, Array]:
 
 def oracle(program: Program) -> Callable[[Feeds], list[torch.Tensor]]:
     """Return a function that runs a program eagerly: user outputs in order."""
-    module = program.to_exported().module(check_guards=False)
+    return runner(program.to_exported().module(check_guards=False), program)
+
+
+def runner(module: Callable[..., Any], program: Program) -> Callable[[Feeds], list[torch.Tensor]]:
+    """Return a function that runs a program's module on named inputs: user outputs in order."""
     from torch.utils import _pytree as pytree
 
-    signature = program.origin.module_call_graph[0].signature
-    names = [n.name for n in program.user_inputs if isinstance(n.meta.get("val"), torch.Tensor)]
+    signature = program.call_signature
+    names = [program.public_name(n) for n in program.user_inputs if isinstance(n.meta.get("val"), torch.Tensor)]
 
     def run(feeds: Feeds) -> list[torch.Tensor]:
         leaves: list[Any] = [feeds[name] for name in names]
@@ -88,24 +93,36 @@ def defined_rows(reference: torch.Tensor, feeds: Feeds) -> torch.Tensor | None:
 
 def check_parity(
     run: Callable[[Mapping[str, Array]], dict[str, Array]],
-    reference: Callable[[Feeds], list[torch.Tensor]],
     names: Sequence[str],
     inputs: Sequence[Feeds],
+    expected: Sequence[Sequence[torch.Tensor]],
     tolerance: Tolerance,
+    advance: Advance = lambda units: None,
 ) -> list[Check]:
     """Compare an engine with its reference on several inputs.
 
     Rows of padding tokens are not compared: what a model computes there is not defined.
+
+    Args:
+        run: Runs the engine.
+        names: Of the outputs, in order.
+        inputs: What to run on.
+        expected: The reference's outputs for each input.
+        tolerance: What counts as equal.
+        advance: Told after each input.
+
+    Returns:
+        The worst over the inputs for each output.
     """
     worst: dict[str, Check] = {}
-    for feeds in inputs:
-        expected = reference(feeds)
+    for feeds, wanted in zip(inputs, expected, strict=True):
         got = run(numpy_feeds(feeds))
-        for name, want in zip(names, expected, strict=True):
+        for name, want in zip(names, wanted, strict=True):
             check = _compare(name, want, torch.as_tensor(np.array(got[name])), feeds, tolerance)
             known = worst.get(name)
             if known is None or _badness(check) > _badness(known):
                 worst[name] = check
+        advance(1)
     return list(worst.values())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +19,16 @@ MAX_BYTES = 32 * 2**20
 
 
 def save_reference(
-    path: Path, feeds: Sequence[Feeds], reference: Callable[[Feeds], list[torch.Tensor]], names: Sequence[str]
+    path: Path, names: Sequence[str], feeds: Sequence[Feeds], expected: Sequence[Sequence[torch.Tensor]]
 ) -> None:
     """Write inputs and oracle outputs."""
     arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {}
     size = 0
-    for number, feed in enumerate(feeds):
+    for number, (feed, outputs) in enumerate(zip(feeds, expected, strict=True)):
         made = {f"{number}/in/{name}": value for name, value in numpy_feeds(feed).items()}
         made |= {
             f"{number}/out/{name}": value.to(torch.float32).numpy() if value.dtype == torch.bfloat16 else value.numpy()
-            for name, value in zip(names, reference(feed), strict=True)
+            for name, value in zip(names, outputs, strict=True)
         }
         size += sum(value.nbytes for value in made.values())
         if number and size > MAX_BYTES:

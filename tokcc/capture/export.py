@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import ExportedProgram
 
+from tokcc.capture.dim_names import with_declared_names
 from tokcc.capture.drop_noops import DropNoops
 from tokcc.capture.fold_constants import FoldConstants
 from tokcc.capture.narrow_masks import NarrowMasks
@@ -96,7 +97,7 @@ def capture(loaded: Loaded) -> Program:
         CaptureError: When tracing fails.
     """
     program = Program.from_exported(export(loaded))
-    return clean(program)
+    return clean(with_declared_names(program, loaded.dynamic_shapes))
 
 
 def program_of(value: Any) -> Program:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokcc.capture.hf_decoder import CausalDecoder, decoder_dynamic, decoder_inputs
 from tokcc.capture.hf_inputs import default_dynamic, default_specs, example_inputs, wrap
 from tokcc.capture.hf_tasks import Task, choose_task, model_class
 from tokcc.capture.inputs import InputSpec, describe
@@ -36,8 +38,10 @@ def load_folder(
     Raises:
         LoadError: The folder is not a model folder, or its weights do not serve the task.
     """
-    _check_config(folder)
-    pickled = _needs_pickle(folder, allow_pickle)
+    gguf = gguf_file(folder)
+    if gguf is None:
+        _check_config(folder)
+    pickled = gguf is None and _needs_pickle(folder, allow_pickle)
     try:
         import transformers
     except ImportError as error:
@@ -46,12 +50,26 @@ def load_folder(
         ) from error
     with _quiet():
         try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **_gguf_argument(gguf)
+            )
+        except ImportError as error:
+            raise LoadError(
+                "GGUF files need more packages",
+                found=str(error).strip().splitlines()[0],
+                help='pip install "tokcc[gguf]"',
+            ) from error
+        except struct.error as error:
+            raise LoadError(
+                f"{folder / (gguf or '')} is cut off: no GGUF header", found=str(error), help="download it again"
+            ) from error
         except (ValueError, KeyError, OSError, TypeError) as error:
             raise _cannot_load(folder, error) from error
         chosen = choose_task(task, config)
-        model, config, missing = _load_model(folder, chosen, config, dtype or torch.float32, pickled=pickled)
+        model, config, missing = _load_model(folder, chosen, config, dtype or torch.float32, pickled=pickled, gguf=gguf)
     outputs = [name for name in chosen.outputs if not (name == "pooler_output" and missing)]
+    if chosen.generates:
+        return _decoder(folder, model, config, dtype or torch.float32, chosen)
     wrapper = wrap(model, config, outputs)
     defaults = default_specs(wrapper, config, folder, dtype or torch.float32) if not _complete(wrapper, specs) else {}
     inputs = example_inputs(wrapper, config, defaults, specs)
@@ -67,14 +85,47 @@ def load_folder(
     )
 
 
+def gguf_file(folder: Path) -> str | None:
+    """Return the GGUF file of a folder that holds one and no configuration.
+
+    Raises:
+        LoadError: When there are several.
+    """
+    if (folder / "config.json").is_file():
+        return None
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise LoadError(
+            f"{folder} holds several GGUF files",
+            needed="one",
+            found=", ".join(files[:4]),
+            help="put the one to compile into a folder of its own",
+        )
+    return files[0] if files else None
+
+
+def _gguf_argument(name: str | None) -> dict[str, str]:
+    return {} if name is None else {"gguf_file": name}
+
+
+def _decoder(folder: Path, model: nn.Module, config: Any, dtype: torch.dtype, task: Task) -> Loaded:
+    """A causal language model with its cache as inputs and outputs."""
+    inputs = decoder_inputs(model, config, dtype)
+    return Loaded(
+        source=str(folder),
+        module=CausalDecoder(model).eval(),
+        example_kwargs=inputs,
+        dynamic_shapes=decoder_dynamic(inputs),
+        task=task.name,
+        preprocessor=folder if any((folder / name).is_file() for name in _PREPROCESSORS) else None,
+    )
+
+
 def _check_config(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "manifest.json").is_file():
-            raise LoadError(
-                f"{folder} is a bundle that tokcc wrote",
-                help=f"`tokcc verify {folder}` and `tokcc bench {folder}` take bundles; compile takes the torch model",
-            )
+            raise _a_bundle(folder)
         if (folder / "adapter_config.json").is_file():
             raise LoadError(f"{folder} holds an adapter only", help="merge it into its base model and save that")
         listing = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5])
@@ -103,11 +154,20 @@ def _check_config(folder: Path) -> None:
         )
 
 
+def _a_bundle(folder: Path) -> LoadError:
+    return LoadError(
+        f"{folder} is a bundle that tokcc wrote",
+        help=f"`tokcc verify {folder}` and `tokcc bench {folder}` take bundles; compile takes the torch model",
+    )
+
+
 def _needs_pickle(folder: Path, allow_pickle: bool) -> bool:
     """Whether the weights are pickles, which needs the user's consent."""
     if any(folder.glob("*.safetensors")):
         return False
     pickles = sorted(entry.name for entry in folder.glob("pytorch_model*.bin"))
+    if not pickles and (folder / "manifest.json").is_file():
+        raise _a_bundle(folder)  # a decoder's bundle brings the configuration along
     if not pickles:
         raise LoadError(
             f"{folder} holds no weights",
@@ -125,7 +185,7 @@ def _needs_pickle(folder: Path, allow_pickle: bool) -> bool:
 
 
 def _load_model(
-    folder: Path, task: Task, config: Any, dtype: torch.dtype, *, pickled: bool
+    folder: Path, task: Task, config: Any, dtype: torch.dtype, *, pickled: bool, gguf: str | None
 ) -> tuple[nn.Module, Any, bool]:
     """Load the weights; also return the part's configuration and whether its pooler had none."""
     kind, part = model_class(task, config)
@@ -134,9 +194,9 @@ def _load_model(
             folder,
             dtype=dtype,
             local_files_only=True,
-            use_safetensors=not pickled,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with names
+            **({"use_safetensors": not pickled} if gguf is None else _gguf_argument(gguf)),
             **({"trust_remote_code": False} if kind.__name__.startswith("Auto") else {"config": part}),
         )
     except Exception as error:  # transformers and safetensors raise many kinds for a damaged or foreign folder

@@ -20,6 +20,7 @@ class Task:
     auto_class: str
     outputs: tuple[str, ...]
     has_labels: bool = False
+    generates: bool = False
 
 
 _FEATURES = ("image_embeds", "text_embeds", "last_hidden_state", "pooler_output")
@@ -35,6 +36,7 @@ TASKS: dict[str, Task] = {
         Task("token-classification", "AutoModelForTokenClassification", ("logits",), has_labels=True),
         Task("question-answering", "AutoModelForQuestionAnswering", ("start_logits", "end_logits")),
         Task("fill-mask", "AutoModelForMaskedLM", ("logits",)),
+        Task("text-generation", "AutoModelForCausalLM", ("logits",), generates=True),
     )
 }
 # Ending of a class name in config.json -> task. The first match counts.
@@ -47,6 +49,8 @@ _ARCHITECTURES = (
     ("ForTokenClassification", "token-classification"),
     ("ForQuestionAnswering", "question-answering"),
     ("ForMaskedLM", "fill-mask"),
+    ("ForCausalLM", "text-generation"),
+    ("LMHeadModel", "text-generation"),
     ("VisionModelWithProjection", "image-feature-extraction"),
     ("VisionModel", "image-feature-extraction"),
     ("Model", "feature-extraction"),
@@ -68,6 +72,8 @@ def choose_task(task: str | None, config: Any) -> Task:
         for ending, name in _ARCHITECTURES:
             if architectures and architectures[0].endswith(ending) and name in fitting and not _two_towers(config):
                 return TASKS[name]
+        if not architectures and len(fitting) == 1:
+            return TASKS[fitting[0]]  # a GGUF file names no class
         raise LoadError(
             f"cannot tell the task of this {config.model_type} model",
             needed=f"--task, one that fits: {listed}",
@@ -107,7 +113,7 @@ def _fitting(config: Any) -> list[str]:
     names = []
     for task in TASKS.values():
         mapping: Mapping[Any, Any] = getattr(transformers, task.auto_class)._model_mapping
-        if type(config) in mapping and not _is_decoder(config):
+        if type(config) in mapping and task.generates == _is_decoder(config):
             names.append(task.name)
     if "image-feature-extraction" in names and not _has_images(config):
         names.remove("image-feature-extraction")

@@ -232,6 +232,7 @@ def dynamic_from_ranges(ranges: Sequence[AxisRange], inputs: Mapping[str, Any]) 
     """
     if not ranges:
         return None
+    everywhere = _batch_range(ranges, inputs)
     shared: dict[tuple[int, int, int | None], Any] = {}
     shapes: dict[str, dict[int, Any] | None] = dict.fromkeys(inputs)
     for item in ranges:
@@ -248,12 +249,32 @@ def dynamic_from_ranges(ranges: Sequence[AxisRange], inputs: Mapping[str, Any]) 
         axis, size = _checked_axis(item, value)
         key = (size, item.low, item.high)
         if key not in shared:
-            shared[key] = Dim(f"{re.sub(r'[^0-9A-Za-z_]', '_', item.name)}_{axis}", min=item.low, max=item.high)
+            name = "batch" if key == everywhere else f"{re.sub(r'[^0-9A-Za-z_]', '_', item.name)}_{axis}"
+            shared[key] = Dim(name, min=item.low, max=item.high)
         axes = shapes[item.name] or {}
         if axis in axes:
             raise UsageError(f"--dynamic names axis {axis} of {item.name} twice", found=str(item))
         shapes[item.name] = {**axes, axis: shared[key]}
     return shapes
+
+
+def _batch_range(ranges: Sequence[AxisRange], inputs: Mapping[str, Any]) -> tuple[int, int, int | None] | None:
+    """Return size and range of an axis 0 that all tensors share, and no other axis, or None."""
+    first: dict[str, tuple[int, int, int | None]] = {}
+    others: set[tuple[int, int, int | None]] = set()
+    for item in ranges:
+        value = inputs.get(item.name)
+        if not isinstance(value, Tensor) or not -value.dim() <= item.axis < value.dim():
+            return None  # refused with a reason where it is read
+        axis = item.axis % value.dim()
+        key = (int(value.shape[axis]), item.low, item.high)
+        if axis == 0:
+            first[item.name] = key
+        else:
+            others.add(key)
+    tensors = {name for name, value in inputs.items() if isinstance(value, Tensor)}
+    shared = set(first.values()) - others
+    return shared.pop() if len(shared) == 1 and first.keys() == tensors else None
 
 
 def _checked_axis(item: AxisRange, value: Tensor) -> tuple[int, int]:

@@ -108,7 +108,8 @@ def _open(
     path = Path(text)
     if path.exists() and not path.is_dir() and not path.is_file():
         raise LoadError(f"{text} is neither a file nor a folder")
-    if path.is_dir():
+    if path.is_dir() or path.suffix == ".gguf":
+        path = path if path.is_dir() else path.parent
         return load_folder(path, task=task, specs=specs, dtype=dtype, allow_pickle=allow_pickle)
     if path.exists():
         file = identify(path)
@@ -223,10 +224,13 @@ def _still_dynamic(shapes: dict[str, Any] | None, inputs: dict[str, Any]) -> dic
     """Keep a folder's default axes where the inputs allow: torch.export makes an axis of size 1 static."""
     if shapes is None:
         return None
-    kept = {
-        name: {axis: dim for axis, dim in (shapes.get(name) or {}).items() if value.shape[axis] > 1} or None
-        for name, value in inputs.items()
-    }
+
+    def still(axes: Any, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return axes  # nested inputs come from the folder, never from the user
+        return {axis: dim for axis, dim in (axes or {}).items() if value.shape[axis] > 1} or None
+
+    kept = {name: still(shapes.get(name), value) for name, value in inputs.items()}
     return kept if any(kept.values()) else None
 
 

@@ -265,7 +265,10 @@ class NarrowMasks:
 
 
 def _equal_shapes(first: fx.Node, second: fx.Node) -> bool:
-    a, b = first.meta["val"].shape, second.meta["val"].shape
+    values = first.meta["val"], second.meta["val"]
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        return False  # a size added to positions
+    a, b = (value.shape for value in values)
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
 

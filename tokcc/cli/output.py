@@ -72,6 +72,14 @@ class Output:
         if not self.json:
             self._out.print(Text(text), soft_wrap=True)
 
+    def write(self, text: str) -> None:
+        """Print a piece of text at once and exactly as it is, with ``--quiet`` too."""
+        if self.json or not text:
+            return
+        encoding = getattr(self._stdout, "encoding", None) or "utf-8"
+        self._stdout.write(text.encode(encoding, "replace").decode(encoding))
+        self._stdout.flush()
+
     def data(self, value: Any) -> None:
         """Set the result for programs; under ``--json`` it is printed when the command ends."""
         self._data = value

@@ -15,9 +15,11 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, statically_known_true
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from tokcc.ir.fakes import fake_result
+from tokcc.ir.symbols import SizeWatch, free_size, size_oblivious
 
 __all__ = ["Builder", "EagerBuilder", "GraphBuilder", "same_size"]
 
@@ -168,8 +170,11 @@ class Builder(ABC):
 
     def split(self, x: Any, axis: int, sizes: Sequence[Any]) -> list[Any]:
         """Cut an axis into parts of given sizes."""
-        parts = self.call(aten.split_with_sizes.default, x, list(sizes), axis)
-        return [self.call(operator.getitem, parts, i) for i in range(len(sizes))]
+        return self.parts(self.call(aten.split_with_sizes.default, x, list(sizes), axis), len(sizes))
+
+    def parts(self, results: Any, count: int) -> list[Any]:
+        """Take apart what an operation with several results returned."""
+        return [self.call(operator.getitem, results, i) for i in range(count)]
 
     def cat(self, xs: Sequence[Any], axis: int) -> Any:
         """Concatenate along an axis."""
@@ -305,11 +310,13 @@ class GraphBuilder(Builder):
         self.graph = fx.Graph()
         self.fake_mode = fake_mode
         self.scope: fx.Node | None = None
+        self.inputs = SizeWatch(fake_mode.shape_env)
         self.constants: dict[str, torch.Tensor] = {}
         self.constant_nodes: list[fx.Node] = []
         self.definitions: dict[sympy.Symbol, sympy.Expr] = {}
         self._symbols: dict[sympy.Expr, torch.SymInt] = {}
         self._label: str | None = None
+        self._made = 0
         self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
         self._cse: dict[Any, fx.Node] = {}
 
@@ -355,9 +362,12 @@ class GraphBuilder(Builder):
     def evaluate(self, node: fx.Node) -> None:
         """Compute the fake of a call from the fakes of its operands."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self.fake_mode, torch.no_grad():
-            value = node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target is callable
-        node.meta["val"] = self._renamed(value)
+        with self.fake_mode, torch.no_grad(), size_oblivious():
+            value: Any = fake_result(node.target, args)
+            if value is None:
+                value = node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target is callable
+            node.meta["val"] = self._renamed(value)
+        self.inputs.after(node)
 
     def _renamed(self, value: Any) -> Any:
         """Replace every size that is more than a difference by a symbol of its own."""
@@ -382,8 +392,7 @@ class GraphBuilder(Builder):
             return size
         expression = size.node.expr
         if expression not in self._symbols:
-            source = ConstantSource(f"tokcc_size_{len(self._symbols)}")
-            made = shape_env.create_unspecified_symint_and_symbol(int(size.node.hint), source, DimDynamic.DYNAMIC)
+            made = self.free_size(int(size.node.hint))
             if not isinstance(made, torch.SymInt):
                 return size
             self._symbols[expression] = made
@@ -412,7 +421,17 @@ class GraphBuilder(Builder):
         """Copy a placeholder."""
         node = self.graph.create_node("placeholder", old.target, old.args, name=old.name)
         node.meta = dict(old.meta)
+        if isinstance(old.meta.get("val"), torch.Tensor):
+            self.inputs.watch(old.name, old.meta["val"].shape)
         return node
+
+    def free_size(self, hint: int) -> Any:
+        """Return a new symbolic size for an axis of an input."""
+        shape_env = self.fake_mode.shape_env
+        if shape_env is None:
+            return hint
+        self._made += 1
+        return free_size(shape_env, hint, self._made)
 
     def shape(self, handle: Any) -> tuple[Any, ...]:
         """Return the sizes of the fake."""

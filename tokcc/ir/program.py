@@ -28,6 +28,7 @@ from torch.export.graph_signature import OutputSpec as ExportOutputSpec
 from torch.utils import _pytree as pytree
 
 from tokcc.errors import VerifyError
+from tokcc.ir.size_names import default_names, dimension_name
 
 __all__ = ["Pass", "PassResult", "Program"]
 
@@ -45,6 +46,8 @@ class Program:
         notes: What passes want the report to say.
         symbols: Definitions of the size symbols that reductions introduced, by symbol.
         output_names: One name per output: the keys of a dict that the model returns, else ``output`` or ``output_0``.
+        size_names: Names of the inputs' symbolic sizes, by symbol.
+        input_names: What the caller calls the inputs, by placeholder: nested ones have dots.
     """
 
     graph: fx.Graph
@@ -54,19 +57,23 @@ class Program:
     origin: ExportedProgram
     notes: tuple[str, ...] = field(default=())
     output_names: tuple[str, ...] = ()
+    input_names: Mapping[str, str] = field(default_factory=dict)
     symbols: Mapping[Any, Any] = field(default_factory=dict)
+    size_names: Mapping[Any, str] = field(default_factory=dict)
 
     @classmethod
     def from_exported(cls, exported: ExportedProgram) -> Program:
         """Take over an exported program; its graph is used as it is, not copied."""
-        return cls(
+        program = cls(
             graph=exported.graph,
             signature=exported.graph_signature,
             state_dict=dict(exported.state_dict),
             constants=dict(exported.constants),
             origin=exported,
             output_names=_output_names(exported),
+            input_names=_input_names(exported),
         )
+        return program.naming_sizes(default_names(program.user_inputs))
 
     def to_exported(self) -> ExportedProgram:
         """Return a self-contained ``ExportedProgram`` over this graph."""
@@ -87,10 +94,10 @@ class Program:
     def _call_entry(self) -> Any:
         """The root's calling convention; new outputs join a dict, or end a tuple."""
         entry = self.origin.module_call_graph[0]
-        signature = entry.signature
+        signature = self._with_new_inputs(entry.signature)
         count = len(self.user_output_positions)
         if signature is None or signature.out_spec.num_leaves == count:
-            return entry
+            return entry if signature is entry.signature else ModuleCallEntry(fqn=entry.fqn, signature=signature)
         old = signature.out_spec.num_leaves
         tree: Any = pytree.tree_unflatten(list(range(old)), signature.out_spec)
         if isinstance(tree, Mapping):
@@ -101,11 +108,34 @@ class Program:
         changed.out_spec = pytree.tree_structure(tree)
         return ModuleCallEntry(fqn=entry.fqn, signature=changed)
 
+    def _with_new_inputs(self, signature: Any) -> Any:
+        """The calling convention with inputs that passes added: they are given by name."""
+        names = [node.name for node in self.user_inputs]
+        if signature is None or signature.in_spec.num_leaves >= len(names):
+            return signature
+        old = signature.in_spec.num_leaves
+        args, kwargs = pytree.tree_unflatten(list(range(old)), signature.in_spec)
+        changed = copy.copy(signature)
+        new = {names[i]: i for i in range(old, len(names))}
+        changed.in_spec = pytree.tree_structure((args, {**kwargs, **new}))
+        if signature.forward_arg_names is not None:
+            changed.forward_arg_names = [*signature.forward_arg_names, *new]
+        return changed
+
+    @property
+    def call_signature(self) -> Any:
+        """How the exported module is called, with inputs and outputs that passes added; None = flat."""
+        return self._call_entry().signature
+
+    def public_name(self, node: fx.Node) -> str:
+        """Return what the caller calls an input."""
+        return self.input_names.get(node.name, node.name)
+
     def bindings(self, inputs: Mapping[str, Sequence[int]]) -> dict[Any, int]:
         """Return the value of every size symbol for given input shapes."""
         known: dict[Any, int] = {}
         for node in self.user_inputs:
-            fake, shape = node.meta.get("val"), inputs.get(node.name)
+            fake, shape = node.meta.get("val"), inputs.get(self.public_name(node))
             if not isinstance(fake, torch.Tensor) or shape is None:
                 continue
             sizes: Sequence[Any] = fake.shape  # ints and SymInts; the stubs know ints only
@@ -122,6 +152,14 @@ class Program:
             symbol: (int(bounds.lower), int(bounds.upper) if bounds.upper.is_Integer else None)
             for symbol, bounds in self.origin.range_constraints.items()
         }
+
+    def size_name(self, size: Any) -> str:
+        """Return a readable name of a symbolic size, such as ``batch`` or ``sequence-16``."""
+        return dimension_name(size.node.expr, self.size_names, self.symbols)
+
+    def naming_sizes(self, names: Mapping[Any, str]) -> Program:
+        """Return the program with other names of its inputs' sizes."""
+        return replace(self, size_names=dict(names))
 
     def with_graph(self, graph: fx.Graph, signature: ExportGraphSignature | None = None) -> Program:
         """Return the same program over another graph."""
@@ -242,6 +280,25 @@ class Program:
         return [i for i, spec in enumerate(self.signature.output_specs) if spec.kind is OutputKind.USER_OUTPUT]
 
 
+def _input_names(exported: ExportedProgram) -> dict[str, str]:
+    """Name the inputs as the caller does: nested ones by their path, with dots."""
+    inputs = [s.arg.name for s in exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+    entry = exported.module_call_graph[0].signature
+    if entry is None or entry.in_spec.num_leaves != len(inputs):
+        return {name: name for name in inputs}
+    args, kwargs = pytree.tree_unflatten(list(range(len(inputs))), entry.in_spec)
+    names = dict(enumerate(inputs))
+    for tree in (*(args if len(args) == len(inputs) else ()), kwargs):
+        for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+            if len(path) > 1:
+                names[leaf] = ".".join(_path_part(key) for key in path)
+    return {name: names[i] for i, name in enumerate(inputs)}
+
+
+def _path_part(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
+
+
 def _output_names(exported: ExportedProgram) -> tuple[str, ...]:
     """Name the outputs after the keys of the model's result."""
     entry = exported.module_call_graph[0].signature
@@ -252,7 +309,7 @@ def _output_names(exported: ExportedProgram) -> tuple[str, ...]:
     tree: Any = pytree.tree_unflatten(list(range(count)), entry.out_spec)
     names: dict[int, str] = {}
     for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
-        parts = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+        parts = [_path_part(key) for key in path]
         if not parts:
             names[leaf] = "output"
         elif parts[0].isdigit():

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from tokcc.backends.bundle import Bundle, BundleWriter
-from tokcc.backends.feeds import Feeds
 from tokcc.backends.ort import Session
 from tokcc.backends.parity import Tolerance, check_parity
 from tokcc.backends.reference import load_reference
 from tokcc.errors import UsageError
-from tokcc.pipeline.measuring import latency_of, output_contracts
+from tokcc.pipeline.measuring import fidelity_of, latency_of, parity_checks
 from tokcc.pipeline.stages import Stages
 from tokcc.progress import Progress, silent
 from tokcc.report.batches import InputSpec
 from tokcc.report.data import load_calibration
-from tokcc.report.fidelity import FidelityMeter
 from tokcc.report.gates import evaluate_gates, parse_gates
 from tokcc.report.machine import describe_machine
 from tokcc.report.measure import measure
-from tokcc.report.schema import Latency, Parity, ParityCheck, PeakMemory, Totals
+from tokcc.report.schema import Latency, Parity, PeakMemory, Totals
 from tokcc.report.write import write_report
 
 __all__ = ["Measured", "bench", "calibrate", "rebuild_report", "verify"]
@@ -66,38 +62,18 @@ def verify(
     """
     del seed
     stages = Stages(progress or silent())
-    pairs = load_reference(bundle.path / "reference.npz")
+    feeds, outputs = zip(*load_reference(bundle.path / "reference.npz"), strict=True)
     session = Session(bundle.engine("onnx"))
-    checks: dict[str, ParityCheck] = {}
-    with stages.stage("parity", len(pairs)) as advance:
-        for feeds, outputs in pairs:
-            names = list(outputs)
-            made = check_parity(session.run, _always(outputs), names, [feeds], Tolerance(atol, rtol))
-            for c in made:
-                known = checks.get(c.output)
-                if known is None or c.max_abs_diff - c.atol > known.max_abs_diff - known.atol:
-                    checks[c.output] = ParityCheck(
-                        engine="onnx",
-                        output=c.output,
-                        max_abs_diff=c.max_abs_diff,
-                        scale=c.scale,
-                        atol=c.atol,
-                        rtol=c.rtol,
-                        passed=c.passed,
-                    )
-            advance(1)
+    with stages.stage("parity", len(feeds)) as advance:
+        expected = [list(each.values()) for each in outputs]
+        checks = check_parity(session.run, list(outputs[0]), feeds, expected, Tolerance(atol, rtol), advance)
     return Parity(
-        passed=all(c.passed for c in checks.values()),
-        batches=len(pairs),
+        passed=all(c.passed for c in checks),
+        batches=len(feeds),
         reference="outputs of the eager reduced program, kept in the bundle",
         inputs="kept in the bundle",
-        checks=tuple(checks.values()),
+        checks=parity_checks("onnx", checks),
     )
-
-
-def _always(outputs: Feeds) -> Callable[[Feeds], list[torch.Tensor]]:
-    """Return a reference that has run already."""
-    return lambda feeds: list(outputs.values())
 
 
 def _timing_feeds(bundle: Bundle, batch: int | None) -> dict[str, Array]:
@@ -183,17 +159,7 @@ def calibrate(
     with stages.stage("read the calibration data"):
         loaded = load_calibration(data, specs, preprocessor=preprocessor, seed=seed)
     one, two = Session(baseline, threads=threads), Session(bundle.engine("onnx"), threads=threads)
-    meter = FidelityMeter(contracts=output_contracts(report, two.outputs))
-    with stages.stage("measure fidelity", len(loaded.feeds)) as advance:
-        for feed, labels in loaded.batches():
-            meter.update(
-                one.run(feed),
-                two.run(feed),
-                labels=labels,
-                tokens=feed.get("input_ids"),
-                mask=feed.get("attention_mask"),
-            )
-            advance(1)
+    fidelity = fidelity_of(report, loaded, one, two, stages)
     feeds = dict(next(iter(loaded.batches()))[0])
     with stages.stage("measure latency"):
         timed = measure({"baseline": lambda: one.run(feeds), "engine": lambda: two.run(feeds)}, seed=seed)
@@ -208,7 +174,7 @@ def calibrate(
     )
     report = report.model_copy(
         update={
-            "fidelity": meter.result(source=loaded.source),
+            "fidelity": fidelity,
             "latency": latency,
             "totals": totals,
             "machine": describe_machine(threads),

@@ -9,26 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch.export import ExportedProgram
 
 import tokcc
 from tokcc.backends.bundle import BackendEntry, BundleWriter, Manifest, TensorContract
+from tokcc.backends.calls import check_rebuilt, decoder_calls
 from tokcc.backends.feeds import Feeds, example_feeds, make_feeds
 from tokcc.backends.onnx import build_onnx, save_onnx
 from tokcc.backends.ort import Session
 from tokcc.backends.parity import Check, Tolerance, check_parity, oracle, refuse_difference
 from tokcc.backends.pt2 import save_pt2
 from tokcc.backends.reference import save_reference
-from tokcc.capture.export import capture
-from tokcc.capture.load import load
+from tokcc.backends.runtime_files import save_runtime_files
 from tokcc.capture.loaded import Loaded
 from tokcc.config import LoadedPolicy, Policy, load_policy
 from tokcc.errors import LoweringError, OutputError, UsageError
 from tokcc.ir.program import Program
 from tokcc.passes.methods import library
+from tokcc.pipeline.decoding import cache_facts, measure_decoder
 from tokcc.pipeline.measuring import Measurement, facts, measure_engine
 from tokcc.pipeline.reducing import Reduced, reduce_program
+from tokcc.pipeline.request import ModelRequest
 from tokcc.pipeline.stages import Stages
 from tokcc.progress import Progress, silent
 from tokcc.report.gates import evaluate_gates, parse_gates
@@ -116,37 +119,39 @@ def compile(
     stages = Stages(progress or silent())
     wanted = parse_gates(gates or ())
     chosen = load_policy(policy, presets=library())
+    request = ModelRequest(
+        model,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        inputs=inputs,
+        dynamic=dynamic,
+        task=task,
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+    )
     if dry_run:
-        return _dry_run(
-            model, chosen, stages, example_inputs, dynamic_shapes, inputs, dynamic, task, dtype, allow_pickle
-        )
+        return _dry_run(request, chosen, stages)
     if output is None:
         raise UsageError("no output folder is given", help='for instance `output="out/"`')
     with BundleWriter(output, force=force) as writer:
-        with stages.stage("load"):
-            loaded = load(
-                model,
-                example_inputs=example_inputs,
-                dynamic_shapes=dynamic_shapes,
-                inputs=inputs,
-                dynamic=dynamic,
-                task=task,
-                dtype=dtype,
-                allow_pickle=allow_pickle,
-            )
-        with stages.stage("capture"):
-            program = capture(loaded)
+        loaded, program = request.open(stages)
         reduced = reduce_program(program, chosen, stages, slicing=slicing)
-        feeds = make_feeds(program, _examples(program, loaded), seed=seed)
-        engine, checks = _emit(writer, reduced, chosen, backends, opset, feeds, Tolerance(atol, rtol), stages)
+        feeds, expected = _reference(program, reduced, _examples(program, loaded), seed, stages)
+        engine, checks = _emit(writer, reduced, chosen, backends, opset, feeds, expected, Tolerance(atol, rtol), stages)
         measurement = Measurement(seed=seed, threads=threads)
         report = facts(loaded, chosen, reduced, checks, feeds, stages, threads=threads)
+        if reduced.caches is not None:
+            report = cache_facts(report, reduced)
+        report = report.model_copy(update={"notes": (*report.notes, *save_runtime_files(loaded, writer.path))})
         if engine is not None:
             baseline = _baseline(writer, reduced, opset, stages, keep_baseline, needed=calibrate)
             if calibrate and baseline is not None:
-                measurement = measure_engine(
-                    report, reduced, loaded, engine, baseline, feeds, calibration, measurement, stages
-                )
+                if reduced.caches is None:
+                    measurement = measure_engine(
+                        report, reduced, loaded, engine, baseline, feeds, calibration, measurement, stages
+                    )
+                else:
+                    measurement = measure_decoder(report, reduced, engine, baseline, measurement, stages)
                 report = measurement.report or report
             if baseline is not None and not keep_baseline:
                 baseline.unlink(missing_ok=True)
@@ -179,7 +184,7 @@ def reduce(
     slicing: bool = False,
 ) -> ExportedProgram:
     """Return the reduced program with ``tokcc::`` nodes: the eager oracle. Arguments as for :func:`compile`."""
-    loaded = load(
+    request = ModelRequest(
         model,
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
@@ -190,7 +195,8 @@ def reduce(
         allow_pickle=allow_pickle,
     )
     stages = Stages()
-    reduced = reduce_program(capture(loaded), load_policy(policy, presets=library()), stages, slicing=slicing)
+    _, program = request.open(stages)
+    reduced = reduce_program(program, load_policy(policy, presets=library()), stages, slicing=slicing)
     return reduced.sliced.to_exported()
 
 
@@ -204,24 +210,10 @@ def _check_backends(backends: Sequence[str]) -> None:
             )
 
 
-def _dry_run(model: Any, policy: LoadedPolicy, stages: Stages, *arguments: Any) -> DryRun:
-    example_inputs, dynamic_shapes, inputs, dynamic, task, dtype, allow_pickle = arguments
-    with stages.stage("load"):
-        loaded = load(
-            model,
-            example_inputs=example_inputs,
-            dynamic_shapes=dynamic_shapes,
-            inputs=inputs,
-            dynamic=dynamic,
-            task=task,
-            dtype=dtype,
-            allow_pickle=allow_pickle,
-        )
-    with stages.stage("capture"):
-        program = capture(loaded)
+def _dry_run(request: ModelRequest, policy: LoadedPolicy, stages: Stages) -> DryRun:
+    loaded, program = request.open(stages)
     reduced = reduce_program(program, policy, stages)
-    feeds = example_feeds(program, loaded.example_args, loaded.example_kwargs)
-    report = facts(loaded, policy, reduced, {}, [feeds], stages, threads=0)
+    report = facts(loaded, policy, reduced, {}, [_examples(program, loaded)], stages, threads=0)
     layers = [
         row.model_dump(include={"layer", "site", "step", "tokens_in", "tokens_out"})
         for row in report.layers
@@ -249,13 +241,13 @@ def _emit(
     backends: Sequence[str],
     opset: int,
     feeds: Sequence[Feeds],
+    expected: Sequence[Sequence[torch.Tensor]],
     tolerance: Tolerance,
     stages: Stages,
 ) -> tuple[Path | None, dict[str, list[Check]]]:
     """Lower, write and check every engine; a failed parity raises and nothing is left behind."""
     checks: dict[str, list[Check]] = {}
     engine: Path | None = None
-    reference = oracle(reduced.program)
     names = list(reduced.program.output_names)
     try:
         lock = yaml.safe_dump(_lock(policy, reduced), sort_keys=False)
@@ -265,13 +257,14 @@ def _emit(
                 engine = writer.path / "model.onnx"
                 metadata = {"tokcc.version": tokcc.__version__, "tokcc.policy": lock}
                 save_onnx(build_onnx(reduced.sliced, opset=opset, metadata=metadata), engine)
-            with stages.stage("parity", len(feeds)):
-                checks["onnx"] = check_parity(Session(engine).run, reference, names, feeds, tolerance)
+        with stages.stage("parity", len(feeds)) as advance:
+            if engine is not None:
+                checks["onnx"] = check_parity(Session(engine).run, names, feeds, expected, tolerance, advance)
                 refuse_difference("onnx", checks["onnx"])
-                save_reference(writer.path / "reference.npz", feeds, reference, names)
+                save_reference(writer.path / "reference.npz", names, feeds, expected)
         if "pt2" in backends:
             with stages.stage("write pt2"):
-                checks["pt2"] = save_pt2(reduced.sliced, writer.path / "model.pt2", reference, names, feeds, tolerance)
+                checks["pt2"] = save_pt2(reduced.sliced, writer.path / "model.pt2", names, feeds, expected, tolerance)
                 refuse_difference("pt2", checks["pt2"])
     except OSError as error:
         raise OutputError(
@@ -280,8 +273,22 @@ def _emit(
     return engine, checks
 
 
+def _reference(
+    program: Program, reduced: Reduced, example: Feeds, seed: int, stages: Stages
+) -> tuple[list[Feeds], list[list[torch.Tensor]]]:
+    """Run the eager oracle on what engines are checked with: inputs, and outputs for each."""
+    with stages.stage("run the reference"):
+        reference = oracle(reduced.program)
+        if reduced.caches is None:
+            feeds = make_feeds(program, example, seed=seed)
+            return feeds, [reference(feed) for feed in feeds]
+        check_rebuilt(program, reduced.original, example)
+        return decoder_calls(reduced.program, example, reference, seed=seed)
+
+
 def _lock(policy: LoadedPolicy, reduced: Reduced) -> dict[str, Any]:
-    return policy.policy.to_dict() if reduced.plan is None else reduced.plan.to_dict()
+    plan = reduced.plan or reduced.caches
+    return policy.policy.to_dict() if plan is None else plan.to_dict()
 
 
 def _baseline(

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokcc.analysis.sites import Sites, find_sites
-from tokcc.capture.export import capture
-from tokcc.capture.load import load
 from tokcc.config import load_policy
 from tokcc.errors import TokccError
 from tokcc.ir.program import Program
 from tokcc.passes.methods import library
 from tokcc.passes.plan import make_plan
+from tokcc.pipeline.request import ModelRequest
 from tokcc.pipeline.stages import Stages
 from tokcc.progress import Progress, silent
 
@@ -43,7 +42,7 @@ class Inspection:
             "special_tokens": {"first": sites.prefix, "last": sites.suffix},
             "stream": sites.entry.node,
             "nodes": len(self.program.graph.nodes),
-            "inputs": [n.name for n in self.program.user_inputs],
+            "inputs": [self.program.public_name(n) for n in self.program.user_inputs],
             "outputs": list(self.program.output_names),
             "layers": [
                 {
@@ -88,20 +87,18 @@ def inspect(
     progress: Progress | None = None,
 ) -> Inspection:
     """Find the sites of a model. Arguments as for ``compile``."""
+    request = ModelRequest(
+        model,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        inputs=inputs,
+        dynamic=dynamic,
+        task=task,
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+    )
     stages = Stages(progress or silent())
-    with stages.stage("load"):
-        loaded = load(
-            model,
-            example_inputs=example_inputs,
-            dynamic_shapes=dynamic_shapes,
-            inputs=inputs,
-            dynamic=dynamic,
-            task=task,
-            dtype=dtype,
-            allow_pickle=allow_pickle,
-        )
-    with stages.stage("capture"):
-        program = capture(loaded)
+    loaded, program = request.open(stages)
     with stages.stage("annotate"):
         sites = find_sites(program)
     return Inspection(loaded.source, program, sites)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from tokcc.report.machine import describe_machine
 from tokcc.report.measure import Measured as Timed
 from tokcc.report.measure import measure
 from tokcc.report.schema import (
+    Fidelity,
     Latency,
     LayerRow,
     ModelFacts,
@@ -44,7 +45,7 @@ from tokcc.report.schema import (
     Totals,
 )
 
-__all__ = ["Measurement", "facts", "latency_of", "measure_engine", "output_contracts"]
+__all__ = ["Measurement", "facts", "fidelity_of", "latency_of", "measure_engine", "parity_checks"]
 
 Array = npt.NDArray[Any]
 _PICTURES = 6
@@ -101,19 +102,7 @@ def facts(
         passed=all(c.passed for group in checks.values() for c in group),
         batches=len(feeds),
         inputs="example and random",
-        checks=tuple(
-            ParityCheck(
-                engine=engine,
-                output=c.output,
-                max_abs_diff=c.max_abs_diff,
-                scale=c.scale,
-                atol=c.atol,
-                rtol=c.rtol,
-                passed=c.passed,
-            )
-            for engine, group in checks.items()
-            for c in group
-        ),
+        checks=tuple(check for engine, group in checks.items() for check in parity_checks(engine, group)),
     )
     program = reduced.sliced
     return Report(
@@ -124,7 +113,9 @@ def facts(
             parameters=sum(v.numel() for v in floats),
             blocks=len(reduced.sites.layers) if reduced.sites is not None else 0,
             dtype=str(floats[0].dtype).removeprefix("torch.") if floats else None,
-            inputs=tuple(_tensor(n.name, n.meta["val"]) for n in program.user_inputs if _is_tensor(n)),
+            inputs=tuple(
+                _tensor(program, program.public_name(n), n.meta["val"]) for n in program.user_inputs if _is_tensor(n)
+            ),
             outputs=_outputs(program),
         ),
         policy=PolicyFacts(name=policy.policy.name, origin=policy.origin, long_form=policy.policy.to_dict()),
@@ -138,13 +129,18 @@ def facts(
     )
 
 
+def parity_checks(engine: str, checks: Sequence[Check]) -> tuple[ParityCheck, ...]:
+    """Return the checks of an engine as parts of a report."""
+    return tuple(ParityCheck(engine=engine, **asdict(check)) for check in checks)
+
+
 def _is_tensor(node: Any) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _tensor(name: str, fake: torch.Tensor) -> TensorFacts:
+def _tensor(program: Program, name: str, fake: torch.Tensor) -> TensorFacts:
     sizes: Sequence[Any] = fake.shape  # ints and SymInts; the stubs know ints only
-    shape = tuple(size if isinstance(size, int) else str(size) for size in sizes)
+    shape = tuple(size if isinstance(size, int) else program.size_name(size) for size in sizes)
     return TensorFacts(name=name, dtype=str(fake.dtype).removeprefix("torch."), shape=shape)
 
 
@@ -152,7 +148,7 @@ def _outputs(program: Program) -> tuple[TensorFacts, ...]:
     kinds = [spec.kind is OutputKind.USER_OUTPUT for spec in program.signature.output_specs]
     values = [v for v, user in zip(program.output_values, kinds, strict=True) if user]
     return tuple(
-        _tensor(name, value.meta["val"])
+        _tensor(program, name, value.meta["val"])
         for name, value in zip(program.output_names, values, strict=True)
         if hasattr(value, "meta") and _is_tensor(value)
     )
@@ -262,7 +258,8 @@ def measure_engine(
     one, two = Session(baseline, threads=how.threads), Session(engine, threads=how.threads)
     timed_feed = numpy_feeds(feeds[0])
     if data is not None:
-        report = _with_fidelity(report, reduced, data, one, two, stages)
+        fidelity = fidelity_of(report, data, one, two, stages)
+        report = report.model_copy(update={"fidelity": fidelity, "notes": (*report.notes, *data.notes)})
         timed_feed = dict(next(iter(data.batches()))[0])
     shapes = {name: tuple(value.shape) for name, value in timed_feed.items()}
     with stages.stage("measure latency"):
@@ -315,7 +312,7 @@ def latency_of(timed: Timed, feeds: Mapping[str, Array], threads: int) -> Latenc
     )
 
 
-def output_contracts(report: Report, names: Sequence[str]) -> dict[str, Contract]:
+def _output_contracts(report: Report, names: Sequence[str]) -> dict[str, Contract]:
     """Return what the policy asked of each output."""
     wanted: Any = report.policy.long_form.get("outputs") or {}
     return {name: wanted.get(name, wanted.get("*", "full")) for name in names}
@@ -335,10 +332,17 @@ def _node_counts(baseline: Path, engine: Path) -> dict[str, Any]:
     return {"baseline": sum(one.values()), "engine": sum(two.values()), "by_op": changed}
 
 
-def _with_fidelity(
-    report: Report, reduced: Reduced, data: CalibrationData, one: Session, two: Session, stages: Stages
-) -> Report:
-    meter = FidelityMeter(contracts=output_contracts(report, reduced.original.output_names))
+def fidelity_of(report: Report, data: CalibrationData, one: Session, two: Session, stages: Stages) -> Fidelity:
+    """Compare two engines on data.
+
+    Args:
+        report: What the policy asked of the outputs.
+        data: The samples.
+        one: The baseline.
+        two: The engine.
+        stages: Progress.
+    """
+    meter = FidelityMeter(contracts=_output_contracts(report, one.outputs))
     with stages.stage("measure fidelity", len(data.feeds)) as advance:
         for feed, labels in data.batches():
             meter.update(
@@ -349,9 +353,7 @@ def _with_fidelity(
                 mask=feed.get("attention_mask"),
             )
             advance(1)
-    weights: Literal["trained", "random", "unknown"] = "unknown"
-    fidelity = meter.result(source=data.source, weights=weights)
-    return report.model_copy(update={"fidelity": fidelity, "notes": (*report.notes, *data.notes)})
+    return meter.result(source=data.source)
 
 
 def _pictures(

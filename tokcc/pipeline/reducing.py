@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokcc.analysis.cache_sites import CacheSite, cache_sites
 from tokcc.analysis.sites import Sites, find_sites
 from tokcc.capture.fold_constants import FoldConstants
 from tokcc.config import LoadedPolicy
 from tokcc.errors import PlanError
 from tokcc.ir.program import Program
 from tokcc.ir.verify import verify
+from tokcc.passes.cache.plan import CachePlan
+from tokcc.passes.cache.planning import make_cache_plan
+from tokcc.passes.cache.rebuild import RebuildCaches
 from tokcc.passes.plan import Plan, make_plan
 from tokcc.passes.propagate import Propagate
 from tokcc.passes.slice_demand import SliceDemand
@@ -28,6 +32,8 @@ class Reduced:
         sliced: What is lowered.
         plan: The plan; None for a model without attention that is compiled as it is.
         sites: The same.
+        caches: What happens to the caches of a decoder; then there are no sites, and `original` is the decoder with its
+            whole cache, in the same form.
     """
 
     original: Program
@@ -35,6 +41,7 @@ class Reduced:
     sliced: Program
     plan: Plan | None
     sites: Sites | None
+    caches: CachePlan | None = None
 
 
 def reduce_program(program: Program, policy: LoadedPolicy, stages: Stages, *, slicing: bool = True) -> Reduced:
@@ -47,12 +54,10 @@ def reduce_program(program: Program, policy: LoadedPolicy, stages: Stages, *, sl
         slicing: Apply demand slicing.
     """
     with stages.stage("annotate"):
-        try:
-            sites: Sites | None = find_sites(program)
-        except PlanError:
-            if policy.policy.steps or policy.policy.outputs:
-                raise
-            sites = None
+        caches = cache_sites(program)
+        sites = None if caches else _sites(program, policy)
+    if caches:
+        return _reduce_decoder(program, policy, caches, stages)
     if sites is None:
         return Reduced(program, program, program, None, None)
     with stages.stage("plan"):
@@ -70,3 +75,26 @@ def reduce_program(program: Program, policy: LoadedPolicy, stages: Stages, *, sl
             sliced = FoldConstants().run(sliced.copied()).program
             verify(sliced, "FoldConstants")
     return Reduced(program, reduced, sliced, plan, sites)
+
+
+def _sites(program: Program, policy: LoadedPolicy) -> Sites | None:
+    """Find the sites; a model without attention has none, and can be compiled as it is."""
+    try:
+        return find_sites(program)
+    except PlanError:
+        if policy.policy.steps or policy.policy.outputs:
+            raise
+        return None
+
+
+def _reduce_decoder(program: Program, policy: LoadedPolicy, caches: tuple[CacheSite, ...], stages: Stages) -> Reduced:
+    with stages.stage("plan"):
+        plan = make_cache_plan(policy, program, caches)
+    with stages.stage("insert and propagate"):
+        full = RebuildCaches(plan.without_evictions()).run(program).program
+        verify(full, "RebuildCaches")
+        reduced = full
+        if plan.evictions:
+            reduced = RebuildCaches(plan).run(program).program
+            verify(reduced, "RebuildCaches")
+    return Reduced(full, reduced, reduced, None, None, plan)

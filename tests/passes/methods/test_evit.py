@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from tests.passes.oracle import (
 from tests.passes.reference_models import patches, sentences, text, vision
 from tokcc.config import load_policy
 from tokcc.passes.methods import library
-from tokcc.testing import reduce_program, run_eager, run_program, trace
+from tokcc.testing import plan_for, reduce_program, run_eager, run_program, trace
 
 LAYERS = (1, 2, 3)
 
@@ -76,6 +77,29 @@ def test_images(tokens: int) -> None:
 def test_dropping_without_fusing() -> None:
     results = check(vision(), {"patches": patches(3, 50)}, {"keep": 0.5, "fuse_rest": "drop"}, full=True)
     assert results[0].lengths == [26, 14, 8]
+
+
+def test_two_ways_to_write_fusing() -> None:
+    """``{kind: drop, fuse_rest: true}`` in the long form is the preset's reducer."""
+    feeds = {"patches": patches(2, 50)}
+    program = program_of(vision(), feeds)
+    found = []
+    for reduce in ({"kind": "fuse_rest"}, {"kind": "drop", "fuse_rest": True}):
+        reduced, _ = reduce_program(program, policy({"preset": "evit", "reduce": reduce}))
+        found.append(run_program(reduced, feeds))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_example_of_the_long_form_can_be_planned() -> None:
+    path = Path(__file__).parents[3] / "examples" / "policies" / "prune-then-merge.yaml"
+    plan = plan_for(trace(vision(7), {"patches": patches(2, 50)}), path)
+    assert [(r.layer, r.reduce.kind) for r in plan.reductions] == [
+        (4, "drop"),
+        (5, "weighted_mean"),
+        (6, "weighted_mean"),
+    ]
+    assert plan.reductions[0].reduce.model_dump() == {"fuse_rest": True}
 
 
 def test_one_token_kept() -> None:

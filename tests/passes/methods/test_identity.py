@@ -30,7 +30,8 @@ NOTHING: dict[str, dict[str, Any]] = {
 
 
 def test_every_preset_is_here() -> None:
-    assert set(NOTHING) == set(library())
+    encoders = {name for name, preset in library().items() if preset.long_form()["steps"][0]["node"] != "evict_kv"}
+    assert set(NOTHING) == encoders
 
 
 @pytest.mark.parametrize("name", sorted(NOTHING))

@@ -21,14 +21,17 @@ from tests.passes.oracle import (
     cosine,
     merge,
     policy,
+    program_of,
     reference,
     share_of,
 )
 from tests.passes.reference_models import audio, frames, patches, sentences, text, vision
-from tokcc.testing import run_eager, trace
+from tokcc.testing import reduce_program, run_eager, run_program, trace
 
 
-def pitome(ratio: float, protected: int, *, margin: float = 0.9, form: str = "elu") -> Method:
+def pitome(ratio: float, protected: int, *, margin: float = 0.9, form: str = "elu", still: bool = False) -> Method:
+    """``still``: a layer that merges nothing keeps the order, as a whole reduction that removes nothing is left out."""
+
     def method(scene: Scene) -> Cut | None:
         key = {i: sum(scene.keys[h, i] for h in range(len(scene.keys))) for i in range(protected, scene.n)}
         m = margin * (1 - scene.layer / scene.depth)
@@ -41,6 +44,8 @@ def pitome(ratio: float, protected: int, *, margin: float = 0.9, form: str = "el
         energy = {i: sum(rated(cosine(key[i], key[j])) for j in key) / len(key) for i in key}
         order = sorted(energy, key=lambda i: (-energy[i], i))
         r = min(len(key) - share_of(len(key), ratio), len(key) // 2)
+        if r == 0 and still:
+            return Cut(list(range(scene.n)), scene.x, sizes=scene.sizes)
         left, right = order[0 : 2 * r : 2], order[1 : 2 * r : 2]
         to = {a: max(right, key=lambda b: (cosine(key[a], key[b]), -right.index(b))) for a in left}
         return merge(scene, [*range(protected), *order[2 * r :], *right], list(to.items()))
@@ -49,7 +54,8 @@ def pitome(ratio: float, protected: int, *, margin: float = 0.9, form: str = "el
 
 
 def check(model: Model, feeds: Feeds, step: dict[str, Any], protected: int, **kwargs: Any) -> list[Result]:
-    options = {"margin": step.get("margin", 0.9), "form": step.get("energy", "elu")}
+    still = "mask" not in feeds and kwargs.get("dynamic") is None
+    options = {"margin": step.get("margin", 0.9), "form": step.get("energy", "elu"), "still": still}
 
     def oracle(sample: Feeds) -> Result:
         return reference(model, sample, pitome(step["ratio"], protected, **options), layers=range(len(model.blocks)))
@@ -73,6 +79,34 @@ def test_no_class_token_and_layers_without_a_merge() -> None:
     """At 9 tokens a ratio of 0.9 removes nothing: the matching is empty."""
     results = check(audio(), {"frames": frames(2, 11)}, {"ratio": 0.9}, 0)
     assert results[0].lengths == [10, 9, 9, 9]
+
+
+@pytest.mark.parametrize(("model", "protected"), [(vision, 1), (audio, 0)])
+@pytest.mark.parametrize("candidates", [0, 1])
+def test_fewer_than_two_candidates(model: Any, protected: int, candidates: int) -> None:
+    """There is no pair: nothing is removed, and the layer is as it was."""
+    tokens = max(1, protected + candidates)
+    feeds = {"patches": patches(2, tokens)} if model is vision else {"frames": frames(2, tokens)}
+    program = program_of(model(2), feeds)
+    reduced, plan = reduce_program(program, policy({"preset": "pitome", "ratio": 0.5}))
+    assert [space.size for space in plan.made] == [tokens, tokens]
+    assert not [node for node in reduced.graph.nodes if node.meta.get("tokcc") not in (None, "restore")]
+    torch.testing.assert_close(run_program(reduced, feeds)[0], run_program(program, feeds)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lengths", [[2, 2], [3, 2], [4, 1, 3]])
+def test_hardly_any_candidates_when_it_runs(lengths: list[int]) -> None:
+    """Where the length is dynamic, or a row is mostly padding, the graph itself has to make no pair."""
+    shapes = {name: {0: Dim("batch", min=1, max=9), 1: Dim("sequence", min=1, max=60)} for name in ("ids", "mask")}
+    step = policy({"preset": "pitome", "ratio": 0.5})
+    program = program_of(text(2), sentences([16, 12]), shapes)
+    feeds = sentences(lengths)
+    outputs = run_program(reduce_program(program, step)[0], feeds)
+    eager, plan = run_eager(program, step, feeds)
+    for mine, theirs in zip(outputs, eager, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+    kept = [1 + (n - 1 - min((n - 1) - math.ceil((n - 1) / 2), (n - 1) // 2)) for n in lengths]
+    assert plan.made[0].valid.sum(1).tolist() == kept
 
 
 @pytest.mark.parametrize("pooled", [True, False])

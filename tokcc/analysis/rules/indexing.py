@@ -71,8 +71,6 @@ def _position(ctx: Context, space: TokenSpace, index: Any) -> Any:
 
 def _row(ctx: Context, rows: Sequence[int], index: int) -> int:
     """Translate a position to its place in a fixed row list."""
-    if index < 0:
-        ctx.fail("a token is selected from the end of a sequence of symbolic length")
     if index not in rows:
         ctx.fail(f"token {index} is selected, but only the rows {list(rows)} were computed")
     return rows.index(index)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "SubgraphRecorder"]
 
 
 class Recorder:
@@ -106,3 +106,38 @@ class Recorder:
         value = ir.Value(name=unique, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.initializers[unique] = value
         return value
+
+
+class SubgraphRecorder(Recorder):
+    """Records the body of a loop or a branch; constants and names are those of the outer graph.
+
+    Args:
+        outer: Records the graph around it.
+        scope: Prefix of the nodes' names.
+    """
+
+    def __init__(self, outer: Recorder, scope: str) -> None:
+        super().__init__(outer.opset)
+        self.outer = outer
+        self.scope = scope
+
+    def constant(self, value: Any, dtype: Any) -> ir.Value:
+        """Return an initialiser of the outer graph."""
+        return self.outer.constant(value, dtype)
+
+    def unique(self, name: str) -> str:
+        """Return a name that the outer graph does not have either."""
+        return self.outer.unique(name)
+
+    def graph(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], dtypes: Sequence[ir.DataType]) -> ir.Graph:
+        """Return what was recorded.
+
+        Args:
+            inputs: Values that the graph gets.
+            outputs: Values that leave it.
+            dtypes: Types of those.
+        """
+        results = [self("Identity", value) if value.producer() not in self.nodes else value for value in outputs]
+        for value, dtype in zip(results, dtypes, strict=True):
+            value.type = ir.TensorType(dtype)
+        return ir.Graph(list(inputs), results, nodes=self.nodes, opset_imports={"": self.opset}, name=self.scope)

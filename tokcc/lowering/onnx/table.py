@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
+import functools
 from typing import Any
 
-from tokcc.lowering.onnx import algebra, elementwise, indexing, reductions, shapes, sizes, tokens
+from tokcc.lowering.onnx import algebra, cache, elementwise, indexing, reductions, shapes, sizes, tokens
 
 __all__ = ["lowerings"]
 
 
-@cache
+@functools.cache
 def lowerings() -> dict[Any, Any]:
     """Return every lowering by operation."""
     table: dict[Any, Any] = {}
-    for module in (sizes, shapes, elementwise, reductions, indexing, algebra, tokens):
+    for module in (sizes, shapes, elementwise, reductions, indexing, algebra, tokens, cache):
         table.update(module.LOWERINGS)
     return table

@@ -15,7 +15,7 @@ from torch import fx
 
 import tokcc.kernels
 from tokcc.lowering.onnx.algebra import additive_mask, probabilities
-from tokcc.lowering.onnx.recorder import Recorder
+from tokcc.lowering.onnx.recorder import SubgraphRecorder
 from tokcc.lowering.onnx.translate import Translator, ir_dtype
 
 __all__ = ["LOWERINGS"]
@@ -159,21 +159,6 @@ def _update(op: Any, state: Any, choice: Any, table: Any, positions: Any, picked
     return op("Where", op("Equal", positions, choice), op.constant(picked, np.float32), best)
 
 
-class _Body(Recorder):
-    """Records the body of a loop; constants are those of the outer graph."""
-
-    def __init__(self, outer: Recorder, name: str) -> None:
-        super().__init__(outer.opset)
-        self.outer = outer
-        self.scope = name
-
-    def constant(self, value: Any, dtype: Any) -> ir.Value:
-        return self.outer.constant(value, dtype)
-
-    def unique(self, name: str) -> str:
-        return self.outer.unique(name)
-
-
 def _loop(t: Translator, trips: Any, state: Any, base: Any, table: Any, positions: Any, picked: float) -> Any:
     scope = f"{t.op.scope}/loop"
     step = ir.Value(name=t.op.unique(f"{scope}/step"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
@@ -181,14 +166,12 @@ def _loop(t: Translator, trips: Any, state: Any, base: Any, table: Any, position
     held = ir.Value(
         name=t.op.unique(f"{scope}/state"), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None, None])
     )
-    body = _Body(t.op, scope)
+    body = SubgraphRecorder(t.op, scope)
     score = body("Sub", base, held)
     choice = body("ArgMax", score, axis=1, keepdims=1)
     after = _update(body, held, choice, table, positions, picked)
     on = body("Identity", going)
-    for value, kind in ((after, ir.DataType.FLOAT), (on, ir.DataType.BOOL)):
-        value.type = ir.TensorType(kind)
-    graph = ir.Graph([step, going, held], [on, after], nodes=body.nodes, opset_imports={"": t.op.opset}, name=scope)
+    graph = body.graph([step, going, held], [on, after], [ir.DataType.BOOL, ir.DataType.FLOAT])
     true = t.op.constant(True, ir.DataType.BOOL)
     return t.op("Loop", trips, true, state, body=graph)
 

@@ -149,9 +149,8 @@ class Translator:
             if spec.kind is InputKind.USER_INPUT:
                 if not isinstance(fake, torch.Tensor):
                     continue
-                value = ir.Value(
-                    name=self.op.unique(node.name), shape=self._shape(fake), type=ir.TensorType(ir_dtype(fake.dtype))
-                )
+                name = self.op.unique(self.program.input_names.get(node.name, node.name))
+                value = ir.Value(name=name, shape=self._shape(fake), type=ir.TensorType(ir_dtype(fake.dtype)))
                 self.env[node] = value
                 inputs.append(value)
             elif node.name in state:
@@ -197,13 +196,14 @@ class Translator:
 
     def _shape(self, fake: torch.Tensor) -> ir.Shape:
         sizes: Sequence[Any] = fake.shape  # ints and SymInts; the stubs know ints only
-        return ir.Shape([size if isinstance(size, int) else _dim_name(size) for size in sizes])
+        return ir.Shape([size if isinstance(size, int) else self.program.size_name(size) for size in sizes])
 
     def _outputs(self) -> list[ir.Value]:
         values = self.program.output_values
         names = self._output_names
         result: list[ir.Value] = []
         position = 0
+        taken: set[int] = set()
         for spec, value in zip(self.program.signature.output_specs, values, strict=True):
             if spec.kind is not OutputKind.USER_OUTPUT:
                 continue
@@ -212,24 +212,28 @@ class Translator:
             if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):
                 continue
             self.op.scope = ""
-            # A fresh value of its own name: an output may be an input, a constant, or be returned twice.
-            out = self._identity(value)
+            out = self._output_value(value, taken)
+            taken.add(id(out))
             out.name = name
             fake = value.meta["val"]
             out.shape, out.type = self._shape(fake), ir.TensorType(ir_dtype(fake.dtype))
             result.append(out)
         return result
 
+    def _output_value(self, node: fx.Node, taken: set[int]) -> ir.Value:
+        """Return what leaves the graph: an input, a constant, or what is returned twice needs a value of its own.
+
+        Others are named themselves: a copy of a large output costs a runtime its size.
+        """
+        value = self.value(node)
+        own = value.producer() is not None and id(value) not in taken
+        return value if own and isinstance(value, ir.Value) else self._identity(node)
+
     def _identity(self, node: fx.Node) -> ir.Value:
         source = self.value(node)
         node_out = ir.Node("", "Identity", [source], num_outputs=1, name=self.op.unique("output/Identity"))
         self.op.nodes.append(node_out)
         return node_out.outputs[0]
-
-
-def _dim_name(size: Any) -> str:
-    """Return a readable name of a symbolic dimension."""
-    return str(size).replace(" ", "")
 
 
 def translate(program: Program, opset: int = 18) -> ir.Model:

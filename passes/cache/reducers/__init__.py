@@ -1,0 +1,1 @@
+"""Cache pieces: one class per file."""

@@ -1,0 +1,79 @@
+"""Attention of the last queries of a prompt."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+
+from tokcc.ir.builder import Builder
+from tokcc.passes.cache.cut import CacheCut
+from tokcc.passes.cache.piece import CacheScore
+
+__all__ = ["WindowAttention"]
+
+aten = torch.ops.aten
+
+
+class WindowAttention(CacheScore):
+    """What the last ``window`` queries attend to, summed and smoothed along the tokens (SnapKV, arXiv:2404.14469).
+
+    The softmax runs over all slots, then the window's own columns are cut off; the selector protects the window with
+    ``recent``. A call with fewer tokens than the window gives those it has. Queries of padding see their own slot only,
+    which the window's columns contain: they count nothing. Only the last rows are computed: ``[B, H, window, L]``.
+
+    Attributes:
+        window: Queries that rate.
+        pool: How neighbours are smoothed; ``avg`` divides by the whole kernel at the edges too.
+        kernel: Width of the pool, odd.
+        group: How the query heads of a key head become one score.
+        when: Whether heads are reduced before or after pooling: it matters where a maximum is in play.
+    """
+
+    kind: ClassVar[str] = "window_attention"
+    once: ClassVar[bool] = True
+
+    window: int = Field(default=32, ge=1)
+    pool: Literal["avg", "max", "none"] = "avg"
+    kernel: int = Field(default=5, ge=1)
+    group: Literal["mean", "max"] = "mean"
+    when: Literal["before_pool", "after_pool"] = "after_pool"
+
+    @field_validator("kernel")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError("an even kernel has no middle")
+        return value
+
+    def emit(self, cut: CacheCut) -> Any:
+        """See :class:`WindowAttention`."""
+        b = cut.b
+        rows = b.min_sizes(self.window, cut.new)
+        sums = b.sum(cut.probs(rows), 3)  # [B, Hkv, G, L]
+        sums = b.where(cut.newest(self.window), 0.0, sums)
+        if self.when == "before_pool":
+            return self._pooled(b, self._grouped(b, sums))
+        heads = self._pooled(b, b.reshape(sums, [-1, cut.heads, cut.total]))
+        return self._grouped(b, b.reshape(heads, [-1, cut.kv_heads, cut.heads // cut.kv_heads, cut.total]))
+
+    def _grouped(self, b: Builder, x: Any) -> Any:
+        """``[B, Hkv, G, L]`` to ``[B, Hkv, L]``."""
+        return b.mean(x, 2) if self.group == "mean" else b.amax(x, 2)
+
+    def _pooled(self, b: Builder, x: Any) -> Any:
+        """Smooth ``[B, N, L]``.
+
+        Padding holds zeros, which is what stands beyond the edge of a row without padding: for a mean by definition,
+        and for a maximum because no sum is below zero.
+        """
+        if self.pool == "none" or self.kernel == 1:
+            return x
+        flat = b.unsqueeze(x, 2)  # [B, N, 1, L]
+        window, stride, padding = [1, self.kernel], [1, 1], [0, self.kernel // 2]
+        if self.pool == "avg":
+            made = b.call(aten.avg_pool2d.default, flat, window, stride, padding)
+        else:
+            made = b.call(aten.max_pool2d.default, flat, window, stride, padding)
+        return b.squeeze(made, 2)

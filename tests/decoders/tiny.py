@@ -1,0 +1,94 @@
+"""Small decoders of real architectures with random weights."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from tokcc.capture.export import clean
+from tokcc.capture.hf_decoder import CausalDecoder, decoder_dynamic, decoder_inputs
+from tokcc.ir.program import Program
+
+__all__ = ["FAMILIES", "model_of", "program_of"]
+
+VOCABULARY = 97
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GROUPED = {**_BASE, "num_key_value_heads": 2}
+# Name -> configuration class and its settings.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _GROUPED),
+    "qwen2": ("Qwen2Config", _GROUPED),
+    "qwen3": ("Qwen3Config", {**_GROUPED, "head_dim": 16}),
+    "mistral": ("MistralConfig", {**_GROUPED, "sliding_window": 8}),
+    "gemma2": ("Gemma2Config", {**_GROUPED, "head_dim": 16, "sliding_window": 8}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            **_GROUPED,
+            "head_dim": 16,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        },
+    ),
+    "phi3": ("Phi3Config", _GROUPED),
+    "gpt2": (
+        "GPT2Config",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 64,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 512,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "gpt-neox": ("GPTNeoXConfig", _BASE),
+    "falcon": ("FalconConfig", {**_BASE, "multi_query": True, "new_decoder_architecture": False, "alibi": False}),
+}
+
+
+@functools.cache
+def model_of(family: str, attention: str = "eager") -> nn.Module:
+    """A model in eval mode; equal weights for every attention implementation."""
+    name, settings = FAMILIES[family]
+    config = getattr(transformers, name)(**settings)
+    torch.manual_seed(0)
+    try:
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except ValueError:  # Gemma 2 has no fused attention
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    # Random weights of the usual size give nearly uniform attention: larger ones give every method something to choose.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)
+    return model.eval()
+
+
+@functools.cache
+def program_of(family: str) -> Program:
+    """The clean program of a family, with its cache as inputs and outputs."""
+    model = model_of(family, "sdpa")
+    inputs = decoder_inputs(model, model.config, torch.float32)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(
+            CausalDecoder(model).eval(), (), inputs, dynamic_shapes=decoder_dynamic(inputs), strict=False
+        ).run_decompositions({})
+    return clean(Program.from_exported(exported))

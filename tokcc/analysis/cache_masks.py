@@ -1,0 +1,123 @@
+"""What a decoder's masks mean: tried out on numbers, because the graphs that build them differ by family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from tokcc.analysis.cache_sites import CacheSite
+from tokcc.errors import PlanError
+from tokcc.ir.program import Program
+
+__all__ = ["mask_input", "sliding_windows"]
+
+_FAR = 2**20
+"""A past longer than any sliding window."""
+_TRIALS = ((2, 5, 7), (2, 3, 40), (3, 1, 9), (2, 6, 0))
+
+
+def mask_input(program: Program, sites: Sequence[CacheSite]) -> str | None:
+    """Return the input that says which tokens are padding: integers or bools ``[B, T]`` that the masks depend on."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    masks = [nodes[site.mask] for site in sites if site.mask is not None]
+    ancestors = _ancestors(masks)
+    for node in program.user_inputs:
+        fake = node.meta.get("val")
+        if node in ancestors and "mask" in node.name and isinstance(fake, torch.Tensor) and fake.ndim == 2:
+            return node.name
+    return None
+
+
+def sliding_windows(program: Program, sites: Sequence[CacheSite]) -> tuple[int, ...]:
+    """Return how many slots each layer's queries see at most, their own included; 0 = all.
+
+    Raises:
+        PlanError: When a mask is anything else than causal, windowed and padded.
+    """
+    nodes = {node.name: node for node in program.graph.nodes}
+    padding = mask_input(program, sites)
+    found: dict[str, int] = {}
+    for site in sites:
+        if site.mask is None:
+            raise PlanError(
+                f"the attention of layer {site.layer} has no mask",
+                node=site.output,
+                needed="a causal mask made from the lengths of the call",
+                help="export the model with a past of at least 2 and at least 2 new tokens",
+            )
+        if site.mask not in found:
+            found[site.mask] = _window(program, site, nodes[site.mask], padding)
+    return tuple(found[site.mask] for site in sites if site.mask is not None)
+
+
+def _window(program: Program, site: CacheSite, mask: fx.Node, padding: str | None) -> int:
+    row = _allowed(program, mask, padding, torch.ones(1, _FAR + 1, dtype=torch.bool), 1)[0, 0]
+    seen = int(row.sum())
+    window = 0 if seen == _FAR + 1 else seen
+    for batch, new, past in _TRIALS:
+        real = torch.ones(batch, past + new, dtype=torch.bool)
+        if padding is not None and past > 2:
+            real[0, :2] = False
+        found = _allowed(program, mask, padding, real, new)
+        slot = torch.arange(past + new)
+        own = slot[past:, None]
+        wanted = (slot <= own) & ((slot > own - window) if window else (slot >= 0)) & real[:, None, :]
+        rows = real[:, past:]
+        if not torch.equal(found[rows], wanted[rows]):
+            raise PlanError(
+                f"the mask of layer {site.layer} is not a causal one",
+                node=mask.name,
+                needed="every token sees the ones before it, all or a window of them, padding excepted",
+                help="compile this model without an `evict_kv` step",
+            )
+    return window
+
+
+def _allowed(program: Program, mask: fx.Node, padding: str | None, real: torch.Tensor, new: int) -> torch.Tensor:
+    """Evaluate a mask for ``real`` ``[B, P + S]``: bool ``[B, S, P + S]``."""
+    batch, total = real.shape
+    state = program.state_tensors()
+    env: dict[fx.Node, Any] = {}
+    needed = _ancestors([mask])
+    for node in program.graph.nodes:
+        if node not in needed:
+            continue
+        if node.op == "placeholder":
+            known = state.get(node.name)
+            env[node] = known if known is not None else _input(node, padding, real, new, total - new)
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+        with torch.no_grad():
+            env[node] = node.target(*args, **kwargs)
+    value = env[mask]
+    allowed = value if value.dtype == torch.bool else value > torch.finfo(value.dtype).min / 2
+    # The mask of one head stands for all.
+    rows: torch.Tensor = allowed[..., :total].expand(batch, allowed.shape[1], new, total)
+    if rows.shape[1] > 1 and not bool((rows == rows[:, :1]).all()):
+        raise PlanError("the mask differs between heads", node=mask.name, help="compile without an `evict_kv` step")
+    return rows[:, 0]
+
+
+def _input(node: fx.Node, padding: str | None, real: torch.Tensor, new: int, past: int) -> torch.Tensor:
+    fake = node.meta["val"]
+    batch = real.shape[0]
+    if node.name == padding:
+        return real.to(fake.dtype)
+    if fake.ndim == 4:
+        return torch.zeros((), dtype=fake.dtype).expand(batch, fake.shape[1], past, fake.shape[3])
+    place = (real.cumsum(1) - 1).clamp(min=0)[:, past:]
+    return place.to(fake.dtype) if fake.ndim == 2 else torch.zeros([batch, new], dtype=fake.dtype)
+
+
+def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    work = list(nodes)
+    while work:
+        node = work.pop()
+        if node not in found:
+            found.add(node)
+            work += node.all_input_nodes
+    return found

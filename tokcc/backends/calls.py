@@ -1,0 +1,127 @@
+"""Inputs to check a decoder with: calls that follow each other, as a runtime makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from tokcc.backends.feeds import Feeds
+from tokcc.backends.parity import Tolerance, oracle
+from tokcc.errors import ParityError
+from tokcc.ir.program import Program
+
+__all__ = ["check_rebuilt", "decoder_calls", "is_decoder", "next_past"]
+
+_PAST, _PRESENT = "past_key_values.", "present."
+LENGTHS = (12, 1, 1, 6, 1, 1, 1, 1)
+"""A prompt, single tokens, a second piece of text, more single tokens."""
+
+
+def is_decoder(program: Program) -> bool:
+    """Whether the program has a cache under the community's names, on both sides."""
+    inputs = {program.public_name(node) for node in program.user_inputs}
+    return any(name.startswith(_PAST) and name.replace(_PAST, _PRESENT) in program.output_names for name in inputs)
+
+
+def next_past(names: Sequence[str], outputs: Sequence[torch.Tensor]) -> Feeds:
+    """Return the cache inputs of the next call from the outputs of this one."""
+    named = zip(names, outputs, strict=True)
+    return {name.replace(_PRESENT, _PAST): value for name, value in named if name.startswith(_PRESENT)}
+
+
+def decoder_calls(
+    program: Program,
+    example: Feeds,
+    reference: Callable[[Feeds], list[torch.Tensor]],
+    *,
+    seed: int = 0,
+    lengths: Sequence[int] = LENGTHS,
+) -> tuple[list[Feeds], list[list[torch.Tensor]]]:
+    """Run the reference call after call from an empty cache and return what went in and what came out.
+
+    Three rows, one of them padded on the left where the model takes a mask. No row has a token twice: keys of equal
+    tokens tie, and which of them a runtime keeps is then a matter of rounding.
+
+    Args:
+        program: The decoder.
+        example: Example inputs: their largest token bounds the random ones.
+        reference: The eager oracle.
+        seed: Of the tokens.
+        lengths: New tokens of each call.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total, largest = sum(lengths), int(example["input_ids"].max())
+    if largest >= total:
+        rows = [torch.randperm(largest, generator=generator)[:total] + 1 for _ in range(3)]
+    else:
+        rows = [torch.randint(0, largest + 1, (total,), generator=generator) for _ in range(3)]
+    ids, mask = torch.stack(rows), torch.ones(3, total, dtype=torch.int64)
+    if "attention_mask" in example:
+        mask[1, : lengths[0] // 3] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    past = _empty(program, len(ids))
+    feeds: list[Feeds] = []
+    outputs: list[list[torch.Tensor]] = []
+    start = 0
+    for length in lengths:
+        stop = start + length
+        known = {
+            "input_ids": ids[:, start:stop],
+            "attention_mask": mask[:, :stop],
+            "position_ids": positions[:, start:stop],
+        }
+        feed = {
+            name: (known[name].to(example[name].dtype) if name in known else past[name])
+            for name in (program.public_name(node) for node in program.user_inputs)
+        }
+        feeds.append(feed)
+        outputs.append(reference(feed))
+        past = next_past(program.output_names, outputs[-1])
+        start = stop
+    return feeds, outputs
+
+
+def check_rebuilt(original: Program, rebuilt: Program, example: Feeds, lengths: Sequence[int] = (9,)) -> None:
+    """Make sure that a decoder whose caches were rebuilt computes what it did before, on a padded prompt.
+
+    Args:
+        original: The decoder as it was captured.
+        rebuilt: The same with its caches rebuilt and nothing evicted.
+        example: Example inputs.
+        lengths: New tokens of each call, fewer together than the smallest sliding window holds.
+
+    Raises:
+        ParityError: When it does not: the model's attention does more than was recognised.
+    """
+    before = oracle(original)
+    inputs = zip(original.user_inputs, rebuilt.user_inputs, strict=True)
+    names = {original.public_name(a): rebuilt.public_name(b) for a, b in inputs}
+    for feed, got in zip(*decoder_calls(rebuilt, example, oracle(rebuilt), lengths=lengths), strict=True):
+        wanted = before({name: feed[other] for name, other in names.items()})
+        new = feed["input_ids"].shape[1]
+        real = feed["attention_mask"][:, -new:].to(torch.bool) if "attention_mask" in feed else None
+        for name, a, b in zip(rebuilt.output_names, wanted, got, strict=True):
+            if name.startswith(_PRESENT):
+                continue
+            if real is not None and a.shape[:2] == real.shape:
+                a, b = a[real], b[real]
+            difference = float((a.double() - b.double()).abs().max())
+            atol, _ = Tolerance().of(a, float(a.abs().max()))
+            if not difference <= atol:
+                raise ParityError(
+                    "the decoder with rebuilt caches does not compute what the model does",
+                    needed=f"`{name}` within {atol:.3g}",
+                    found=f"a difference of {difference:.3g}",
+                    help="the model's attention is not what tokcc took it for; please report it",
+                )
+
+
+def _empty(program: Program, batch: int) -> Feeds:
+    """Return the cache before the first call."""
+    past: Feeds = {}
+    for node in program.user_inputs:
+        name, fake = program.public_name(node), node.meta.get("val")
+        if name.startswith(_PAST) and isinstance(fake, torch.Tensor):
+            past[name] = torch.zeros(batch, fake.shape[1], 0, fake.shape[3], dtype=fake.dtype)
+    return past

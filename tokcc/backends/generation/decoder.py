@@ -1,0 +1,219 @@
+"""One call of a decoder's engine: tokens and cache in, logits and cache out, by the community's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tokcc.backends.bundle import Bundle
+from tokcc.backends.ort import Session
+from tokcc.errors import LoweringError, UsageError
+
+__all__ = ["DecoderEngine", "Past"]
+
+Array = npt.NDArray[Any]
+Past = dict[str, Array]
+"""What is carried from call to call: ``past_key_values.*`` by name."""
+
+_PAST, _PRESENT = "past_key_values.", "present."
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """An input that an output of the call before feeds.
+
+    Attributes:
+        name: The input.
+        shape: Numbers, and symbols for what is free.
+        width: Size of the last axis; where the input leaves it free, the output tells.
+        dtype: numpy's.
+    """
+
+    name: str
+    shape: tuple[Any, ...]
+    width: Any
+    dtype: Any
+
+    @property
+    def output(self) -> str:
+        return self.name.replace(_PAST, _PRESENT, 1)
+
+    @property
+    def slots(self) -> int:
+        """Slots before the first call: 0 where their number is free."""
+        return self.shape[2] if isinstance(self.shape[2], int) else 0
+
+
+class DecoderEngine:
+    """A decoder's engine in ONNX Runtime. It knows names and shapes, and nothing of how the cache is reduced.
+
+    Args:
+        source: A bundle, its folder, or an ONNX file.
+        threads: Of the runtime; 0 = its default.
+
+    Raises:
+        UsageError: There is no such engine, or it is not a decoder's.
+        LoweringError: The runtime does not take it.
+    """
+
+    def __init__(self, source: Bundle | str | Path, *, threads: int = 0) -> None:
+        self.path = _engine_file(source)
+        self._session = Session(self.path, threads=threads)
+        inputs = {item.name: item for item in self._session.session.get_inputs()}
+        outputs = {item.name: item for item in self._session.session.get_outputs()}
+        _check_decoder(self.path, list(inputs), list(outputs))
+        self._inputs = {name: _dtype(item) for name, item in inputs.items()}
+        self._carried = tuple(
+            _Carried(name, tuple(item.shape), outputs[name.replace(_PAST, _PRESENT, 1)].shape[-1], self._inputs[name])
+            for name, item in inputs.items()
+            if name.startswith(_PAST)
+        )
+        for item in self._carried:
+            if len(item.shape) != 4 or not isinstance(item.shape[1], int) or not isinstance(item.width, int):
+                raise _not_a_decoder(self.path, f"`{item.name}` as [batch, heads, slots, width]", f"{list(item.shape)}")
+        batch, width = inputs["input_ids"].shape[0], outputs["logits"].shape[-1]
+        self.batch: int | None = batch if isinstance(batch, int) else None
+        """The batch size, where the engine fixes it."""
+        self.vocabulary: int | None = width if isinstance(width, int) else None
+        """The number of logits, where the engine tells."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the engine is."""
+        return self.path.parent
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the keys and values of one token in all layers: what a cache without eviction grows by."""
+        pairs = [item for item in self._carried if item.name.endswith((".key", ".value"))]
+        return sum(item.shape[1] * item.width * np.dtype(item.dtype).itemsize for item in pairs)
+
+    def empty_past(self, batch: int) -> Past:
+        """Return the cache before the first call."""
+        return {
+            item.name: np.zeros((batch, item.shape[1], item.slots, item.width), item.dtype) for item in self._carried
+        }
+
+    def call(self, ids: Array, mask: Array, positions: Array, past: Mapping[str, Array]) -> tuple[Array, Past]:
+        """Run one call.
+
+        Args:
+            ids: int64 ``[B, S]``: the new tokens.
+            mask: int64 ``[B, T]``: 1 = real token, for all tokens so far and the new ones; padding on the left.
+            positions: int64 ``[B, S]``: true positions of the new tokens, as if nothing were ever evicted.
+            past: What the call before returned, or :meth:`empty_past`.
+
+        Returns:
+            The logits of the last new token ``[B, V]``, and what the next call takes as ``past``.
+
+        Raises:
+            UsageError: The cache is not one of this engine, or a token is not in the vocabulary.
+            LoweringError: The runtime fails.
+        """
+        self._check(ids, past)
+        known = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        feeds = {
+            name: known[name].astype(dtype, copy=False) if name in known else past[name]
+            for name, dtype in self._inputs.items()
+        }
+        new = ids.shape[1]
+        try:
+            results = self._session.run(feeds)
+        except Exception as error:  # onnxruntime raises its own, undocumented classes
+            raise LoweringError(
+                f"the engine `{self.path}` fails in a call of {new} tokens after {mask.shape[1] - new}",
+                found=" ".join(str(error).split())[:300],
+                help="a text longer than the model's positions is one reason; `tokcc verify` checks the bundle",
+            ) from error
+        logits = results["logits"]
+        last = logits[:, -1] if logits.ndim == 3 else logits
+        return last, {item.name: results[item.output] for item in self._carried}
+
+    def _check(self, ids: Array, past: Mapping[str, Array]) -> None:
+        if self.batch not in (None, ids.shape[0]):
+            raise UsageError(
+                "the engine has a fixed batch size", needed=f"{self.batch} prompts", found=f"{ids.shape[0]}"
+            )
+        smallest, largest = int(ids.min()), int(ids.max())
+        if smallest < 0 or (self.vocabulary is not None and largest >= self.vocabulary):
+            raise UsageError(
+                "a token is not in the model's vocabulary",
+                needed=f"0 to {self.vocabulary - 1}" if self.vocabulary else "no negative numbers",
+                found=str(smallest if smallest < 0 else largest),
+                help="the tokenizer is not the model's",
+            )
+        for item in self._carried:
+            given = past.get(item.name)
+            wanted = (ids.shape[0], item.shape[1], item.shape[2], item.shape[3])
+            shape = given.shape if given is not None else ()
+            fits = len(shape) == 4 and all(
+                not isinstance(want, int) or want == got for want, got in zip(wanted, shape, strict=True)
+            )
+            if given is None or not fits or given.dtype != item.dtype:
+                sizes = ", ".join(str(size) if isinstance(size, int) else "any" for size in wanted)
+                raise UsageError(
+                    "the cache does not fit the engine",
+                    node=f"input `{item.name}`",
+                    needed=f"{np.dtype(item.dtype).name} [{sizes}]",
+                    found="nothing" if given is None else f"{given.dtype.name} {list(shape)}",
+                    help="start with empty_past() and pass on what each call returns",
+                )
+
+
+def _engine_file(source: Bundle | str | Path) -> Path:
+    if isinstance(source, Bundle):
+        return source.engine("onnx")
+    path = Path(source)
+    if path.is_dir():
+        return Bundle.open(path).engine("onnx")
+    if not path.is_file():
+        raise UsageError(f"there is no bundle and no engine `{path}`", help="give what `tokcc compile -o` wrote")
+    return path
+
+
+def _check_decoder(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    carried = [name for name in inputs if name.startswith(_PAST)]
+    if "input_ids" not in inputs or "logits" not in outputs or not carried:
+        names = ", ".join((*inputs[:4], *(["..."] if len(inputs) > 4 else [])))
+        raise _not_a_decoder(path, "input_ids and past_key_values.* in, logits and present.* out", f"inputs {names}")
+    for name in carried:
+        if name.replace(_PAST, _PRESENT, 1) not in outputs:
+            raise _not_a_decoder(path, f"an output `{name.replace(_PAST, _PRESENT, 1)}`", "none of that name")
+    foreign = [name for name in inputs if name not in (*carried, "input_ids", "attention_mask", "position_ids")]
+    if foreign:
+        raise _not_a_decoder(path, "no inputs but tokens, mask, positions and cache", f"`{foreign[0]}`")
+
+
+def _not_a_decoder(path: Path, needed: str, found: str) -> UsageError:
+    return UsageError(
+        f"`{path}` is not a decoder's engine",
+        needed=needed,
+        found=found,
+        help="only causal language models generate: compile one with --task text-generation",
+    )
+
+
+def _dtype(item: Any) -> Any:
+    try:
+        return _DTYPES[item.type]
+    except KeyError as error:
+        raise LoweringError(
+            f"input `{item.name}` has a type that numpy does not know",
+            found=str(item.type),
+            help="compile with --dtype float32 or float16",
+        ) from error

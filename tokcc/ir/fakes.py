@@ -1,0 +1,61 @@
+"""Results of products, attentions and reshapes whose sizes are symbolic.
+
+Evaluated on fake tensors these look at strides, and there ask whether a symbolic size is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+__all__ = ["fake_result"]
+
+aten = torch.ops.aten
+
+
+def fake_result(target: Any, args: Sequence[Any]) -> torch.Tensor | None:
+    """Return the fake result of a call, or None for what torch evaluates just as well.
+
+    Args:
+        target: The operation.
+        args: Its fakes.
+    """
+    if target in (aten.matmul.default, aten.bmm.default):
+        first, second = args[:2]
+        return _product(first, second, first.shape[-1:], second.shape[-2:-1], second.shape[-1:])
+    if target is aten.scaled_dot_product_attention.default:
+        query, key, value = args[:3]
+        if _same(query.shape[:-2], key.shape[:-2]) and _same(key.shape[-2:-1], value.shape[-2:-1]):
+            return _product(query, value, query.shape[-1:], key.shape[-1:], value.shape[-1:])
+    if target is aten.reshape.default:
+        return _reshaped(args[0], args[1])
+    return None
+
+
+def _reshaped(source: torch.Tensor, shape: Sequence[Any]) -> torch.Tensor | None:
+    """Return the fake of a reshape to sizes that are all given."""
+    sizes: Sequence[Any] = (*source.shape, *shape)
+    if all(isinstance(size, int) for size in sizes) or any(isinstance(size, int) and size < 0 for size in shape):
+        return None
+    if not statically_known_true(math.prod(source.shape) == math.prod(shape)):
+        return None
+    return source.new_empty(tuple(shape))
+
+
+def _product(
+    first: torch.Tensor, second: torch.Tensor, left: Sequence[Any], right: Sequence[Any], width: Sequence[Any]
+) -> torch.Tensor | None:
+    """Return the fake of rows of ``first`` by columns of ``second``, where all axes that must agree do."""
+    symbolic = any(not isinstance(size, int) for size in (*first.shape, *second.shape))
+    agree = first.ndim >= 3 and _same(first.shape[:-2], second.shape[:-2]) and _same(left, right)
+    if not (symbolic and agree and first.dtype == second.dtype):
+        return None
+    return first.new_empty((*first.shape[:-1], *width))
+
+
+def _same(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    return len(first) == len(second) and all(statically_known_true(a == b) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,56 @@
+"""The model that a job is about, and how it becomes a program: the first two stages of every job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokcc.capture.export import capture
+from tokcc.capture.load import load
+from tokcc.capture.loaded import Loaded
+from tokcc.ir.program import Program
+from tokcc.pipeline.stages import Stages
+
+__all__ = ["ModelRequest"]
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """A model as the user named it.
+
+    Attributes:
+        model: An ``nn.Module``, an ``ExportedProgram``, or anything the command line takes.
+        example_inputs: Tuple or dict of tensors.
+        dynamic_shapes: As for ``torch.export.export``.
+        inputs: ``NAME=DTYPE[dims]`` where the model brings no inputs.
+        dynamic: ``NAME:AXIS=MIN..MAX``.
+        task: Task of a Hugging Face model.
+        dtype: Floating-point type to cast the model to.
+        allow_pickle: Load pickled modules.
+    """
+
+    model: Any
+    example_inputs: Any = None
+    dynamic_shapes: Any = None
+    inputs: Sequence[str] = ()
+    dynamic: Sequence[str] = ()
+    task: str | None = None
+    dtype: str | None = None
+    allow_pickle: bool = False
+
+    def open(self, stages: Stages) -> tuple[Loaded, Program]:
+        """Load the model and capture it as a clean program."""
+        with stages.stage("load"):
+            loaded = load(
+                self.model,
+                example_inputs=self.example_inputs,
+                dynamic_shapes=self.dynamic_shapes,
+                inputs=self.inputs,
+                dynamic=self.dynamic,
+                task=self.task,
+                dtype=self.dtype,
+                allow_pickle=self.allow_pickle,
+            )
+        with stages.stage("capture"):
+            return loaded, capture(loaded)
