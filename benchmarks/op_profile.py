@@ -129,21 +129,23 @@ def by_operator(runs: list[list[Event]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["ms"])
 
 
-def inserted_share(runs: list[list[Event]], seconds: float | None = None) -> float:
-    """Fraction of the time spent in inserted nodes.
+def inserted_share(runs: list[list[Event]], *, net: bool = False) -> float:
+    """Fraction of the time spent in inserted nodes: the median over the runs.
 
     Args:
         runs: Events of each run.
-        seconds: Time of a run without profiling. Writing an event costs some microseconds, which count as the node's
-            own and are most of what a small node seems to take; with this, they are taken off every node alike.
+        net: Take off every node what the cheapest nodes take (the fifth percentile). Those do nothing but change a
+            shape: their time is the writing of the event, which counts as the node's own and is most of what small
+            nodes seem to take.
     """
     shares = []
     for events in runs:
-        total = sum(event.microseconds for event in events)
-        added = max(0.0, total - seconds * 1e6) / len(events) if seconds is not None else 0.0
-        inserted = sum(max(0.0, event.microseconds - added) for event in events if event.inserted)
-        kept = sum(max(0.0, event.microseconds - added) for event in events)
-        shares.append(inserted / kept if kept else 0.0)
+        spent = np.array([event.microseconds for event in events])
+        if net and len(spent):
+            spent = np.maximum(spent - np.percentile(spent, 5), 0.0)
+        inserted = sum(time for time, event in zip(spent, events, strict=True) if event.inserted)
+        total = float(spent.sum())
+        shares.append(float(inserted) / total if total else 0.0)
     return float(np.median(shares)) if shares else 0.0
 
 

@@ -8,8 +8,8 @@ All engines of one model and batch run in turns in one process (A B C, B C A, ..
 of the ratio to the plain export in the same round. "Ideal" is the ratio of the matrix FLOPs, counted with the shapes of
 a real run. The policy `none` shows what cleaning and demand slicing give before any token is dropped. Two figures say
 what a method costs by itself: "inserted" is the profile's share of inserted nodes, less what profiling adds to each
-node; "choosing" is the time that an engine saves which has the same number of tokens in every layer but takes them at
-even distances (which leaves out the size bias in the attention, too).
+node (`op_profile.inserted_share`); "choosing" is the time that an engine saves which has the same number of tokens in
+every layer but takes them at even distances (which leaves out the size bias in the attention, too).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from benchmarks.timing import interleave, speedups, summary
 
 PLAIN = "plain export"
 R = 13
+EAGER = f"eager ToMe r={R}, exported"
 POLICIES: dict[str, Policy | str] = {
     "tokcc none": "none",
     f"tokcc tome r={R}": short("tome", r=R),
@@ -51,7 +52,7 @@ def build(model: Model, folder: Path, *, with_tokcc: bool, failures: dict[str, s
     """Make all engines of one model; one that fails is noted and left out."""
     makers: dict[str, Callable[[], Path]] = {
         PLAIN: partial(export_plain, model, folder / "plain.onnx"),
-        f"eager ToMe r={R}, exported": partial(export_plain, tome_eager.patched(model, R), folder / "eager.onnx"),
+        EAGER: partial(export_plain, tome_eager.patched(model, R), folder / "eager.onnx"),
     }
     if with_tokcc:
         for index, (name, policy) in enumerate(POLICIES.items()):
@@ -96,8 +97,10 @@ def measure(model: Model, built: dict[str, dict[str, Any]], threads: int, rounds
             row["speedup"] = ratios[name]
             row["realised_share"] = ratios[name]["median"] / ideal
             runs = record(entry["path"], feeds, threads, runs=10)
-            row["inserted_time_share"] = inserted_share(runs, row["ms"]["median"] / 1000)
+            row["inserted_time_share"] = inserted_share(runs, net=True)
             row["inserted_nodes"] = sum(event.inserted for event in runs[0])
+        if name not in (PLAIN, EAGER) and EAGER in seconds:
+            row["speedup_over_eager_tome"] = speedups(seconds, EAGER)[name]
         if name in SAME_TOKENS and SAME_TOKENS[name] in seconds:
             row["choosing_time_share"] = 1 - speedups(seconds, name)[SAME_TOKENS[name]]["median"] ** -1
         rows.append(row)

@@ -57,29 +57,45 @@ def _accuracy(result: dict[str, Any]) -> str:
 
 
 def _speed(result: dict[str, Any]) -> str:
-    head = ["model", "B", "engine", "nodes", "ideal", "speed-up (quartiles)", "realised / ideal", "in inserted nodes"]
+    head = ["model", "B", "engine", "nodes", "ideal", "speed-up (quartiles)", "realised / ideal"]
+    head += ["inserted", "choosing"]
     body = []
     for row in result["rows"]:
         ratio = row.get("speedup")
         cells = [row["model"], str(row["batch"]), row["engine"], str(row["nodes"])]
         if ratio is None:
-            cells += ["-", "1", "-", "-"]
+            cells += ["-", "1", "-", "-", "-"]
         else:
             cells += [
                 f"{row['ideal_speedup']:.2f}x",
                 f"{ratio['median']:.2f}x ({ratio['p25']:.2f}-{ratio['p75']:.2f})",
                 f"{row['realised_share']:.0%}",
                 f"{row['inserted_time_share']:.1%}",
+                f"{row['choosing_time_share']:.1%}" if "choosing_time_share" in row else "-",
             ]
         body.append(cells)
     load = result["environment"].get("load_average_1min")
     return f"{_table(head, body)}\n\n{result['rounds']} rounds, load average {load}. {_where(result)}"
 
 
+def _compile_time(result: dict[str, Any]) -> str:
+    plain = {row["layers"]: row["seconds"] for row in result["rows"] if row["how"] == "plain"}
+    body = []
+    for row in result["rows"]:
+        known = "seconds" in row
+        cells = [str(row["layers"]), row["how"], f"{row['seconds']:.1f}" if known else row["error"]]
+        cells += [f"{row['seconds'] / plain[row['layers']]:.2f}x" if known and row["layers"] in plain else "-"]
+        cells += [str(row["peak_mb"]), str(row["engine_mb"])] if known else ["-", "-"]
+        body.append(cells)
+    head = ["layers", "how", "seconds", "of the plain export", "peak MB", "engine MB"]
+    return f"{_table(head, body)}\n\n{_where(result)}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy_image": _accuracy,
     "accuracy_text": _accuracy,
     "speed": _speed,
+    "compile_time": _compile_time,
 }
 
 
