@@ -1,0 +1,146 @@
+"""What evicting decoders lose: perplexity of real text against context length and cache size.
+
+    python benchmarks/perplexity.py                                  # SmolLM2-135M, all methods, 2k to 8k: hours
+    python benchmarks/perplexity.py --method h2o --context 2048 --budget 0.25
+
+The text (the standard library's own documentation topics) is read in pieces of ``--piece`` tokens, as a server with
+chunked prefill does; a method evicts after every piece. The perplexity is that of all tokens but the first. The cache
+keeps the given share of the context. `none` keeps everything, so its figure is the model's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a plain file
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.engines import open_session
+from benchmarks.environment import describe, write_results
+from benchmarks.grid import short
+from examples.assets import LANGUAGE_MODEL, locate
+from tokcc.backends.onnx import build_onnx, save_onnx
+from tokcc.config import load_policy
+from tokcc.errors import PlanError
+from tokcc.ir.program import Program
+from tokcc.passes.methods import library
+from tokcc.pipeline.reducing import reduce_program
+from tokcc.pipeline.request import ModelRequest
+from tokcc.pipeline.stages import Stages
+
+METHODS = ("h2o", "streaming-llm", "tova", "snapkv", "pyramidkv", "chunkkv", "knorm", "keydiff", "lagkv", "keyformer")
+
+
+def text_tokens(folder: Path, count: int) -> npt.NDArray[np.int64]:
+    """The first tokens of the documentation topics."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+    ids = tokenizer(text[: count * 8], return_tensors="np")["input_ids"][0]
+    if len(ids) < count:
+        raise SystemExit(f"the text has only {len(ids)} tokens")
+    return np.asarray(ids[:count], np.int64)
+
+
+def engine_of(program: Program, policy: dict[str, Any] | str, path: Path) -> Path:
+    """Compile a captured decoder with a policy."""
+    reduced = reduce_program(program, load_policy(policy, presets=library()), Stages())
+    save_onnx(build_onnx(reduced.sliced, opset=18), path)
+    return path
+
+
+def perplexity(engine: Path, ids: npt.NDArray[np.int64], piece: int, threads: int) -> tuple[float, int]:
+    """Read a text in pieces; return its perplexity and the bytes that the cache holds at the end."""
+    session = open_session(engine, threads)
+    inputs = [item for item in session.get_inputs() if len(item.shape) == 4]
+    names = [item.name for item in session.get_outputs()]
+    past: dict[str, Any] = {}
+    for item in inputs:
+        width = item.shape[3] if isinstance(item.shape[3], int) else 1
+        past[item.name] = np.zeros((1, item.shape[1], 0, width), np.float32)
+    total, count, before = 0.0, 0, None
+    for start in range(0, len(ids), piece):
+        new = ids[start : start + piece]
+        stop = start + len(new)
+        feeds = {
+            "input_ids": new[None],
+            "attention_mask": np.ones((1, stop), np.int64),
+            "position_ids": np.arange(start, stop)[None],
+            **past,
+        }
+        out = dict(zip(names, session.run(None, feeds), strict=True))
+        past = {name: out[name.replace("past_key_values", "present")] for name in past}
+        logits = out["logits"][0].astype(np.float64)
+        # The first token of a piece is predicted by the last row of the piece before.
+        rows = logits[:-1] if before is None else np.concatenate([before[None], logits[:-1]])
+        targets = new[1:] if before is None else new
+        highest = rows.max(1, keepdims=True)
+        normal = np.log(np.exp(rows - highest).sum(1)) + highest[:, 0]
+        total += float((normal - rows[np.arange(len(targets)), targets]).sum())
+        count += len(targets)
+        before = logits[-1]
+    return math.exp(total / count), sum(value.nbytes for value in past.values())
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="perplexity against context and cache size")
+    parser.add_argument("--method", action="append", choices=["none", *METHODS], help="default: all")
+    parser.add_argument("--context", action="append", type=int, help="default: 2048, 4096, 8192")
+    parser.add_argument("--budget", action="append", type=float, help="share of the context; default: 0.125, 0.25, 0.5")
+    parser.add_argument("--piece", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--name", default="perplexity", help="results file name")
+    options = parser.parse_args()
+    folder = locate(LANGUAGE_MODEL)[0].parent
+    contexts = options.context or [2048, 4096, 8192]
+    ids = text_tokens(folder, max(contexts))
+    _, program = ModelRequest(folder, task="text-generation").open(Stages())
+    rows: list[dict[str, Any]] = []
+    print("| method | context | budget | slots | perplexity | KV MB |\n|---|---:|---:|---:|---:|---:|")
+    with tempfile.TemporaryDirectory() as scratch:
+        engines: dict[tuple[str, int], Path] = {}
+        for method in options.method or ["none", *METHODS]:
+            for context in contexts:
+                for budget in [1.0] if method == "none" else options.budget or [0.125, 0.25, 0.5]:
+                    slots = round(budget * context)
+                    key = (method, 0 if method == "none" else slots)
+                    start = time.perf_counter()
+                    row: dict[str, Any] = {"method": method, "context": context, "budget": budget, "slots": slots}
+                    try:
+                        if key not in engines:
+                            policy = "none" if method == "none" else short(method, tokens=slots)
+                            engines[key] = engine_of(program, policy, Path(scratch) / f"{method}-{slots}.onnx")
+                        value, held = perplexity(engines[key], ids[:context], options.piece, options.threads)
+                        row |= {"perplexity": value, "kv_bytes": held, "seconds": time.perf_counter() - start}
+                        cells = [f"{value:.2f}", f"{held / 1e6:.1f}"]
+                    except PlanError as error:  # a capacity that a method refuses is a result, too
+                        row["refused"] = error.what
+                        cells = [f"refused: {error.what}", "-"]
+                    rows.append(row)
+                    print(f"| {method} | {context} | {budget:.1%} | {slots} | {' | '.join(cells)} |", flush=True)
+            for path in [engines.pop(k) for k in list(engines) if k[0] == method]:
+                path.unlink(missing_ok=True)
+    content = {
+        "what": "perplexity of the documentation topics, read in pieces, cache evicted after each",
+        "environment": describe(options.threads),
+        "model": LANGUAGE_MODEL.name,
+        "piece": options.piece,
+        "rows": rows,
+    }
+    print(f"\nwrote {write_results(options.name, content)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
