@@ -62,6 +62,7 @@ class CachePlan:
         evictions: By layer.
         attention_mask: Name of the padding mask input, or None.
         warnings: What the report must say.
+        last_token_outputs: Positions of the outputs that hold the last token's row only.
     """
 
     policy: LoadedPolicy
@@ -70,6 +71,7 @@ class CachePlan:
     evictions: dict[int, PlannedEviction] = field(default_factory=dict)
     attention_mask: str | None = None
     warnings: tuple[str, ...] = ()
+    last_token_outputs: tuple[int, ...] = ()
 
     def without_evictions(self) -> CachePlan:
         """Return the plan that keeps everything that can still be seen."""

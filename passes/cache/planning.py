@@ -45,7 +45,36 @@ def make_cache_plan(policy: LoadedPolicy, program: Program, sites: tuple[CacheSi
             evictions[layer] = eviction
     warnings += _doubts(program, sites, evictions)
     mask = mask_input(program, sites)
-    return CachePlan(policy, sites, windows, dict(sorted(evictions.items())), mask, tuple(dict.fromkeys(warnings)))
+    return CachePlan(
+        policy,
+        sites,
+        windows,
+        dict(sorted(evictions.items())),
+        mask,
+        tuple(dict.fromkeys(warnings)),
+        tuple(_last_token_outputs(policy, program, sites)),
+    )
+
+
+def _last_token_outputs(policy: LoadedPolicy, program: Program, sites: Sequence[CacheSite]) -> Iterator[int]:
+    caches = {position for site in sites for position in (site.present_key, site.present_value)}
+    names = {
+        program.output_names[i]: position
+        for i, position in enumerate(program.user_output_positions)
+        if position not in caches
+    }
+    for name, contract in policy.policy.outputs.items():
+        place = policy.where(("outputs", name))
+        if name != "*" and name not in names:
+            raise PlanError(f"the model has no output `{name}`", policy=place, needed="one of " + ", ".join(names))
+        if contract not in ("full", "last_token"):
+            raise PlanError(
+                f"`{name}` of a decoder cannot be `{contract}`",
+                policy=place,
+                needed="`full`, or `last_token`: the row that generation reads",
+            )
+        if contract == "last_token":
+            yield from names.values() if name == "*" else [names[name]]
 
 
 def _plan_step(

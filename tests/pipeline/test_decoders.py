@@ -65,6 +65,29 @@ def test_the_whole_cache_without_a_policy(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(session.run(feeds)["logits"], wanted, atol=2e-4 * float(np.abs(wanted).max()))
 
 
+def test_the_head_runs_on_the_last_token(folder: Path, tmp_path: Path) -> None:
+    wanted = {**policy(tokens=12), "outputs": {"logits": "last_token"}}
+    one = tokcc.compile(folder, wanted, output=tmp_path / "one", calibrate=False)
+    all_rows = tokcc.compile(folder, policy(tokens=12), output=tmp_path / "all", calibrate=False)
+    ids = np.arange(3, 23)[None]
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(20)[None]}
+    results = []
+    for bundle in (one, all_rows):
+        session = Session(bundle.engine("onnx"))
+        empty = {name: np.zeros((1, 2, 0, 1 if "score" in name else 16), np.float32) for name in session.inputs[3:]}
+        results.append(session.run({**feeds, **empty}))
+    assert results[0]["logits"].shape[1] == 1
+    np.testing.assert_allclose(results[0]["logits"], results[1]["logits"][:, -1:], rtol=0, atol=1e-5)
+    graph = onnx.load(one.engine("onnx")).graph
+    assert graph.output[0].type.tensor_type.shape.dim[1].dim_value == 1
+
+
+@pytest.mark.parametrize("outputs", [{"logits": "reduced"}, {"logit": "last_token"}])
+def test_refused_output_contracts(folder: Path, tmp_path: Path, outputs: dict[str, str]) -> None:
+    with pytest.raises(PlanError, match="logit"):
+        tokcc.compile(folder, {**policy(tokens=12), "outputs": outputs}, output=tmp_path / "out")
+
+
 def test_reduce_gives_the_eager_oracle(folder: Path) -> None:
     program = tokcc.reduce(folder, policy(tokens=12))
     targets = {node.target for node in program.graph.nodes}

@@ -11,6 +11,7 @@ from tokcc.config import LoadedPolicy
 from tokcc.errors import PlanError
 from tokcc.ir.program import Program
 from tokcc.ir.verify import verify
+from tokcc.passes.cache.head import LastTokenHead
 from tokcc.passes.cache.plan import CachePlan
 from tokcc.passes.cache.planning import make_cache_plan
 from tokcc.passes.cache.rebuild import RebuildCaches
@@ -97,4 +98,7 @@ def _reduce_decoder(program: Program, policy: LoadedPolicy, caches: tuple[CacheS
         if plan.evictions:
             reduced = RebuildCaches(plan).run(program).program
             verify(reduced, "RebuildCaches")
+        for position in plan.last_token_outputs:
+            reduced = LastTokenHead(position).run(reduced).program
+            verify(reduced, "LastTokenHead")
     return Reduced(full, reduced, reduced, None, None, plan)
