@@ -30,6 +30,12 @@ def make_cache_plan(policy: LoadedPolicy, program: Program, sites: tuple[CacheSi
         PlanError: A step cannot be applied.
         PolicyError: A piece or parameter is unknown.
     """
+    if policy.policy.kv.layout != "merged":
+        raise PlanError(
+            f"the cache layout `{policy.policy.kv.layout}` is not available in this version of tokcc",
+            policy=policy.where(("kv", "layout")),
+            needed="merged",
+        )
     windows = sliding_windows(program, sites)
     evictions: dict[int, PlannedEviction] = {}
     warnings: list[str] = []

@@ -109,6 +109,11 @@ def test_refused_plans(folder: Path, tmp_path: Path, keys: dict[str, Any], messa
     assert not (tmp_path / "out").exists()
 
 
+def test_fixed_slots(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="layout `slots`"):
+        tokcc.compile(folder, {**policy(tokens=12), "kv": {"layout": "slots"}}, output=tmp_path / "out")
+
+
 def test_a_budget_of_nothing(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="tokens"):
         tokcc.compile(folder, policy(tokens=0), output=tmp_path / "out")
