@@ -19,12 +19,14 @@ aten = torch.ops.aten
 
 
 def linear(t: Translator, node: fx.Node, x: Any, weight: Any, bias: Any = None) -> Any:
-    """A layer; a weight that is a parameter is stored transposed."""
+    """A layer; a weight that is a parameter is stored transposed, unless something else reads it as it is."""
     del node
     value = t.value(x)
     if x.meta["val"].ndim == 2 and t.tensor(weight) is not None:
         return t.op("Gemm", value, t.value(weight), None if bias is None else t.value(bias), transB=1)
-    if t.tensor(weight) is not None:
+    # A vocabulary that is both embedding and head would be in the file twice; runtimes turn it when they load.
+    shared = isinstance(weight, fx.Node) and any(user.target is not aten.linear.default for user in weight.users)
+    if t.tensor(weight) is not None and not shared:
         matrix = t.derived(weight, ".transposed", lambda w: w.t())
     else:
         matrix = t.op("Transpose", t.value(weight), perm=[1, 0])
