@@ -14,8 +14,9 @@ from torch import nn
 import tokcc
 from tests.decoders.tiny import model_of
 from tokcc.backends.ort import Session
-from tokcc.errors import PlanError, PolicyError
+from tokcc.errors import PlanError, PolicyError, UsageError
 from tokcc.pipeline import decoding
+from tokcc.report.summary import next_steps
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,7 @@ def test_a_folder_becomes_a_bundle(folder: Path, tmp_path: Path, monkeypatch: py
     assert report.layers[0].kv_bytes_after == 12 * 2 * (2 * 16 + 1) * 4
     assert [point.tokens for point in report.break_even] == [16, 40]
     assert report.latency is not None
+    assert next_steps(report, "out")[-3].command == 'tokcc run out "Once upon a time"'
 
 
 def test_the_whole_cache_without_a_policy(folder: Path, tmp_path: Path) -> None:
@@ -86,6 +88,30 @@ def test_the_head_runs_on_the_last_token(folder: Path, tmp_path: Path) -> None:
 def test_refused_output_contracts(folder: Path, tmp_path: Path, outputs: dict[str, str]) -> None:
     with pytest.raises(PlanError, match="logit"):
         tokcc.compile(folder, {**policy(tokens=12), "outputs": outputs}, output=tmp_path / "out")
+
+
+def test_dry_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_CONTEXTS", (40,))
+    plan = tokcc.compile(folder, policy(tokens=12), dry_run=True).to_dict()
+    assert [(row["tokens_in"], row["tokens_out"]) for row in plan["layers"]] == [(40, 12)] * 3
+
+
+def test_calibration_data_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="calibration data of decoders"):
+        tokcc.compile(folder, policy(tokens=12), output=tmp_path / "out", calibration=["some text"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect(folder: Path) -> None:
+    found = tokcc.inspect(folder).to_dict()
+    assert found["kind"] == "decoder"
+    assert found["padding_mask"] == "attention_mask"
+    row = {"heads": 4, "kv_heads": 2, "width": 16, "sees": "all", "rotary": "yes"}
+    assert found["layers"] == [{"layer": i, **row} for i in range(3)]
+    fits = {row["preset"]: row["layers"] for row in found["presets"] if row["fits"]}
+    assert fits["h2o"] == "0,1,2"
+    assert fits["knorm"] == "2"
+    assert "tome" not in fits
 
 
 def test_reduce_gives_the_eager_oracle(folder: Path) -> None:

@@ -136,6 +136,11 @@ def compile(
     with BundleWriter(output, force=force) as writer:
         loaded, program = request.open(stages)
         reduced = reduce_program(program, chosen, stages, slicing=slicing)
+        if reduced.caches is not None and calibration is not None:
+            raise UsageError(
+                "calibration data of decoders is not read in this version of tokcc",
+                help="leave it out: steps of a generation are timed without; benchmarks/perplexity.py measures text",
+            )
         feeds, expected = _reference(program, reduced, _examples(program, loaded), seed, stages)
         engine, checks = _emit(writer, reduced, chosen, backends, opset, feeds, expected, Tolerance(atol, rtol), stages)
         measurement = Measurement(seed=seed, threads=threads)
@@ -214,6 +219,8 @@ def _dry_run(request: ModelRequest, policy: LoadedPolicy, stages: Stages) -> Dry
     loaded, program = request.open(stages)
     reduced = reduce_program(program, policy, stages)
     report = facts(loaded, policy, reduced, {}, [_examples(program, loaded)], stages, threads=0)
+    if reduced.caches is not None:
+        report = cache_facts(report, reduced)
     layers = [
         row.model_dump(include={"layer", "site", "step", "tokens_in", "tokens_out"})
         for row in report.layers

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokcc.analysis.cache_masks import mask_input, sliding_windows
+from tokcc.analysis.cache_sites import CacheSite, cache_sites
+from tokcc.analysis.rotation import find_rotation
 from tokcc.analysis.sites import Sites, find_sites
-from tokcc.config import load_policy
+from tokcc.config import LoadedPolicy, load_policy
 from tokcc.errors import TokccError
 from tokcc.ir.program import Program
+from tokcc.passes.cache.planning import make_cache_plan
 from tokcc.passes.methods import library
 from tokcc.passes.plan import make_plan
 from tokcc.pipeline.request import ModelRequest
@@ -26,16 +30,46 @@ class Inspection:
     Attributes:
         model: How it was named.
         program: The clean program.
-        sites: Its sites.
+        sites: Its sites; None for a decoder.
+        caches: The caches of a decoder.
     """
 
     model: str
     program: Program
-    sites: Sites
+    sites: Sites | None
+    caches: tuple[CacheSite, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
-        sites = self.sites
+        return self._decoder() if self.sites is None else self._encoder(self.sites)
+
+    def _decoder(self) -> dict[str, Any]:
+        windows = sliding_windows(self.program, self.caches)
+        nodes = {node.name: node for node in self.program.graph.nodes}
+        layers = []
+        for site, window in zip(self.caches, windows, strict=True):
+            query, key = (nodes[name].meta["val"].shape for name in (site.query, site.new_key))
+            row: dict[str, Any] = {
+                "layer": site.layer,
+                "heads": int(query[1]),
+                "kv_heads": int(key[1]),
+                "width": int(key[3]),
+            }
+            turned = find_rotation(self.program, nodes[site.new_key]) is not None
+            row |= {"sees": f"{window} tokens" if window else "all", "rotary": "yes" if turned else "no"}
+            layers.append(row)
+        return {
+            "model": self.model,
+            "kind": "decoder",
+            "nodes": len(self.program.graph.nodes),
+            "inputs": [self.program.public_name(n) for n in self.program.user_inputs],
+            "outputs": list(self.program.output_names),
+            "padding_mask": mask_input(self.program, self.caches) or "-",
+            "layers": layers,
+            "presets": self.presets(),
+        }
+
+    def _encoder(self, sites: Sites) -> dict[str, Any]:
         return {
             "model": self.model,
             "tokens": str(sites.tokens),
@@ -64,14 +98,20 @@ class Inspection:
         rows: list[dict[str, Any]] = []
         for name, preset in library().items():
             try:
-                plan = make_plan(load_policy(name, presets=library()), self.sites)
+                chosen = self._layers(load_policy(name, presets=library()))
             except TokccError as error:
                 rows.append({"preset": name, "fits": False, "layers": "", "why": error.what})
                 continue
-            layers = ",".join(str(r.layer) for r in plan.reductions)
+            layers = ",".join(map(str, chosen))
             why = preset.title if layers else f"{preset.title}: with its defaults it removes nothing from this model"
             rows.append({"preset": name, "fits": bool(layers), "layers": layers, "why": why})
         return rows
+
+    def _layers(self, policy: LoadedPolicy) -> list[int]:
+        """Return the layers at which a policy does something."""
+        if self.sites is None:
+            return sorted(make_cache_plan(policy, self.program, self.caches).evictions)
+        return [reduction.layer for reduction in make_plan(policy, self.sites).reductions]
 
 
 def inspect(
@@ -100,5 +140,6 @@ def inspect(
     stages = Stages(progress or silent())
     loaded, program = request.open(stages)
     with stages.stage("annotate"):
-        sites = find_sites(program)
-    return Inspection(loaded.source, program, sites)
+        caches = cache_sites(program)
+        sites = None if caches else find_sites(program)
+    return Inspection(loaded.source, program, sites, caches)

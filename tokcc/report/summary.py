@@ -222,7 +222,10 @@ def next_steps(report: Report, bundle: str) -> list[NextStep]:
         steps.append(NextStep("a speed gate was missed: keep fewer tokens, or measure at the batch size you serve"))
     if report.latency is not None and report.latency.speedup.median < 1:
         steps.append(NextStep("the engine is slower here: use the original model at this shape, or a larger input"))
-    if report.fidelity is None:
+    if any(tensor.name.startswith("past_key_values.") for tensor in report.model.inputs):
+        steps.append(NextStep("try it in the terminal", f'tokcc run {bundle} "Once upon a time"'))
+        steps.append(NextStep("check the bundle where it is deployed", f"tokcc verify {bundle}"))
+    elif report.fidelity is None:
         steps.append(
             NextStep("measure fidelity on your data (after --keep-baseline)", f"tokcc calibrate {bundle} --data DATA")
         )
