@@ -26,11 +26,9 @@ class Retained:
 
     Attributes:
         index: int64 ``[B, Hkv, K]``, ascending.
-        size: K.
     """
 
     index: Any
-    size: Any
 
 
 @dataclass
@@ -109,7 +107,7 @@ class CacheCut:
             parts.append(b.unsqueeze(self.newest(self.recent), 0))
         if not parts:
             return None
-        both = parts[0] if len(parts) == 1 else b.call(aten.logical_or.default, parts[0], parts[1])
+        both = parts[0] if len(parts) == 1 else b.logical_or(parts[0], parts[1])
         return b.unsqueeze(both, 1)
 
     def newest(self, count: int) -> Any:
@@ -147,7 +145,7 @@ class CacheCut:
         slot = self.slots()
         own = b.unsqueeze(b.slice(slot, 0, b.sub_sizes(self.total, rows), None), 1)  # [R, 1]
         seen = b.logical_and(b.compare("le", slot, own), b.unsqueeze(self.real, 1))
-        allowed = b.call(aten.logical_or.default, seen, b.compare("eq", slot, own))  # [B, R, L]
+        allowed = b.logical_or(seen, b.compare("eq", slot, own))  # [B, R, L]
         allowed = b.unsqueeze(b.unsqueeze(allowed, 1), 1)
         return b.softmax(b.where(allowed, logits, LOWEST), 4)
 

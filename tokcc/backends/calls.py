@@ -11,17 +11,11 @@ from tokcc.backends.parity import Tolerance, oracle
 from tokcc.errors import ParityError
 from tokcc.ir.program import Program
 
-__all__ = ["check_rebuilt", "decoder_calls", "is_decoder", "next_past"]
+__all__ = ["check_rebuilt", "decoder_calls", "next_past"]
 
 _PAST, _PRESENT = "past_key_values.", "present."
 LENGTHS = (12, 1, 1, 6, 1, 1, 1, 1)
 """A prompt, single tokens, a second piece of text, more single tokens."""
-
-
-def is_decoder(program: Program) -> bool:
-    """Whether the program has a cache under the community's names, on both sides."""
-    inputs = {program.public_name(node) for node in program.user_inputs}
-    return any(name.startswith(_PAST) and name.replace(_PAST, _PRESENT) in program.output_names for name in inputs)
 
 
 def next_past(names: Sequence[str], outputs: Sequence[torch.Tensor]) -> Feeds:

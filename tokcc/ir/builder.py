@@ -244,6 +244,10 @@ class Builder(ABC):
         """Elementwise conjunction of bools."""
         return self.call(aten.logical_and.default, first, second)
 
+    def logical_or(self, first: Any, second: Any) -> Any:
+        """Elementwise disjunction of bools."""
+        return self.call(aten.logical_or.default, first, second)
+
     def logical_not(self, x: Any) -> Any:
         """Elementwise negation of bools."""
         return self.call(aten.logical_not.default, x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from tokcc.analysis.ledger import node_flops
+from tokcc.backends.feeds import Feeds
 from tokcc.backends.ort import Session
 from tokcc.backends.parity import oracle
 from tokcc.ir.program import Program
@@ -25,6 +26,7 @@ __all__ = ["cache_facts", "measure_decoder"]
 
 Array = npt.NDArray[Any]
 Sizes = dict[str, tuple[int, ...]]
+Run = Callable[[Feeds], list[torch.Tensor]]
 aten = torch.ops.aten
 _CONTEXTS = (512, 1024, 2048, 4096)
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -52,8 +54,8 @@ def cache_facts(report: Report, reduced: Reduced) -> Report:
     """Add what each layer's cache holds at the longest context that is looked at, and the FLOPs of a step there."""
     assert reduced.caches is not None
     context = _contexts(reduced.program)[-1]
-    before = _step(reduced.original, context)
-    after = _step(reduced.program, context)
+    before = _step(reduced.original, oracle(reduced.original), context)
+    after = _step(reduced.program, oracle(reduced.program), context)
     rows = []
     plan = reduced.caches
     flops = [
@@ -115,9 +117,11 @@ def measure_decoder(
     points: list[BreakEvenPoint] = []
     contexts = _contexts(reduced.program)
     latency = None
+    whole, reference = oracle(reduced.original), oracle(reduced.program)
     with stages.stage("measure decoding", len(contexts)) as advance:
         for context in contexts:
-            before, after = _step(reduced.original, context), _step(reduced.program, context)
+            before = _step(reduced.original, whole, context)
+            after = _step(reduced.program, reference, context)
             timed = measure(
                 {"baseline": lambda a=before: one.run(a.feeds), "engine": lambda b=after: two.run(b.feeds)},  # type: ignore[misc]
                 budget_s=how.budget_s / len(contexts),
@@ -134,8 +138,8 @@ def measure_decoder(
                 )
             )
             advance(1)
-    last = _step(reduced.program, contexts[-1]).shapes
-    totals = Totals.of(report.totals.flops_before, report.totals.flops_after, latency=latency, shapes=last)
+    known = report.totals  # of the longest context, which was timed last
+    totals = Totals.of(known.flops_before, known.flops_after, latency=latency, shapes=known.shapes)
     report = report.model_copy(update={"latency": latency, "totals": totals, "break_even": tuple(points)})
     return replace(how, report=report)
 
@@ -158,10 +162,10 @@ def _positions(program: Program) -> int | None:
     return None
 
 
-def _step(program: Program, context: int) -> _Step:
+def _step(program: Program, run: Run, context: int) -> _Step:
     """Return the inputs of a single token after a context: caches as long as the program leaves them."""
     rng = np.random.default_rng(0)
-    lengths = _lengths(program, context)
+    lengths = _lengths(program, run, context)
     feeds: dict[str, Array] = {}
     for node in program.user_inputs:
         name, fake = program.public_name(node), node.meta["val"]
@@ -182,7 +186,7 @@ def _plain(name: str, context: int, new: int) -> Array:
     return np.ones((1, new), np.int64)
 
 
-def _lengths(program: Program, context: int) -> dict[str, int]:
+def _lengths(program: Program, run: Run, context: int) -> dict[str, int]:
     """Return how long each cache is after a context: from the program itself, run with a whole cache and two tokens."""
     new = 2
     feeds: dict[str, torch.Tensor] = {}
@@ -193,7 +197,7 @@ def _lengths(program: Program, context: int) -> dict[str, int]:
             feeds[name] = torch.zeros(shape, dtype=fake.dtype)
         else:
             feeds[name] = torch.from_numpy(_plain(name, context - new, new)).to(fake.dtype)
-    outputs = oracle(program)(feeds)
+    outputs = run(feeds)
     return {
         name.replace(_PRESENT, _PAST): int(value.shape[2])
         for name, value in zip(program.output_names, outputs, strict=True)

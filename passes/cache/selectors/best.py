@@ -29,9 +29,4 @@ class Best(CacheSelector):
             rating = b.where(protected, PROTECTED, rating)
         rating = b.where(b.unsqueeze(cut.real, 1), rating, LOWEST)
         rating = b.expand(rating, [-1, cut.kv_heads, -1])
-        return Retained(ascending_best(cut, rating), cut.capacity)
-
-
-def ascending_best(cut: CacheCut, rating: Any) -> Any:
-    """Return int64 ``[B, Hkv, K]``: the best entries, ascending."""
-    return cut.b.call(torch.ops.tokcc.retain_slots.default, rating, cut.capacity)
+        return Retained(b.call(torch.ops.tokcc.retain_slots.default, rating, cut.capacity))
