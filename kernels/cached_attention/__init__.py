@@ -10,7 +10,14 @@ __all__ = ["cached_attention"]
 
 @torch.library.custom_op("tokcc::cached_attention", mutates_args=())
 def cached_attention(
-    query: Tensor, key: Tensor, value: Tensor, real: Tensor, window: int, scale: float, softcap: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    real: Tensor,
+    window: int,
+    scale: float,
+    softcap: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend causally by slot, and sum what every slot receives.
 
@@ -26,17 +33,26 @@ def cached_attention(
         window: Slots that a query sees, its own included; 0 = all.
         scale: Factor of the logits.
         softcap: ``softcap * tanh(logits / softcap)`` before the softmax; 0 = none.
+        bias: fp32 ``[B, Hkv, L]``, added to the capped logits of a slot: the logarithm of how many tokens it stands
+            for; None = one each.
 
     Returns:
         The attended values ``[B, H, S, Dv]``, and fp32 ``[B, Hkv, L]``: the probability that each slot received, summed
         over the real queries and averaged over the query heads of its group (H2O, arXiv:2306.14048).
     """
-    return reference(query, key, value, real, window, scale, softcap)
+    return reference(query, key, value, real, window, scale, softcap, bias)
 
 
 @cached_attention.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, real: Tensor, window: int, scale: float, softcap: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    real: Tensor,
+    window: int,
+    scale: float,
+    softcap: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, rows, _ = query.shape
     return (

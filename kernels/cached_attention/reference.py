@@ -7,7 +7,14 @@ _BLOCK = 256
 
 
 def reference(
-    query: Tensor, key: Tensor, value: Tensor, real: Tensor, window: int, scale: float, softcap: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    real: Tensor,
+    window: int,
+    scale: float,
+    softcap: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`tokcc.kernels.cached_attention.cached_attention`."""
     rows, length = query.shape[2], key.shape[2]
@@ -18,7 +25,13 @@ def reference(
         stop = min(start + _BLOCK, rows)
         seen = before + stop
         probs = probabilities(
-            query[:, :, start:stop], key[:, :, :seen], real[:, :seen], window, scale, softcap
+            query[:, :, start:stop],
+            key[:, :, :seen],
+            real[:, :seen],
+            window,
+            scale,
+            softcap,
+            None if bias is None else bias[:, :, :seen],
         )  # [B, Hkv, G, R, seen]
         parts.append(probs.to(value.dtype) @ value[:, :, None, :seen])
         counted = real[:, None, None, before + start : seen, None]
@@ -27,7 +40,9 @@ def reference(
     return out.reshape(*query.shape[:3], value.shape[3]), received
 
 
-def probabilities(query: Tensor, key: Tensor, real: Tensor, window: int, scale: float, softcap: float) -> Tensor:
+def probabilities(
+    query: Tensor, key: Tensor, real: Tensor, window: int, scale: float, softcap: float, bias: Tensor | None
+) -> Tensor:
     """Return the probabilities ``[B, Hkv, G, R, L]`` of the last R slots' queries."""
     batch, heads, rows, width = query.shape
     groups, length = heads // key.shape[1], key.shape[2]
@@ -35,6 +50,8 @@ def probabilities(query: Tensor, key: Tensor, real: Tensor, window: int, scale: 
     logits = (grouped * scale) @ key[:, :, None].transpose(-1, -2)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias[:, :, None, None, :].to(logits.dtype)
     slot = torch.arange(length, device=key.device)
     own = slot[length - rows :, None]  # [R, 1]
     seen = (slot <= own) & ((slot > own - window) if window else torch.ones_like(slot, dtype=torch.bool))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.visible import slot_rank
 
-__all__ = ["LOWEST", "PROTECTED", "CacheCut", "Retained"]
+__all__ = ["LOWEST", "PROTECTED", "CacheCut", "Retained", "behind"]
 
 aten = torch.ops.aten
 
@@ -26,9 +27,12 @@ class Retained:
 
     Attributes:
         index: int64 ``[B, Hkv, K]``, ascending.
+        weight: fp32 ``[B, Hkv, K]``: how many tokens an entry stands for from now on; 0 = it is there to fill up the
+            row and is attended by nobody. Selectors with `weighted` give it.
     """
 
     index: Any
+    weight: Any = None
 
 
 @dataclass
@@ -57,6 +61,14 @@ class CacheCut:
         recent: Protected last tokens.
         states: What earlier calls left, fp32 ``[B, Hkv, P]`` by name.
         left: What this call leaves, fp32 ``[B, Hkv, L]`` by name: filled in by scores.
+        budget: What the capacity was planned from.
+        decides: bool ``[1]``: whether something is evicted in this call; None = in every one.
+        weight: fp32 ``[B, Hkv, L]``: how many tokens a slot stands for, where that is carried along.
+        bias: Its logarithm, which the attention adds to the logits; None = one token each.
+        positions: True positions of the call's tokens, int64 ``[B, S]``; None = the model takes none.
+        unturned: The queries before they are turned by their positions, for scores that look ahead; where the model
+            does not turn them, the queries as they are.
+        turn: Turns queries ``[B, any, S, D]`` by positions ``[B, S]``; None = the model does not turn them.
     """
 
     b: Builder
@@ -78,6 +90,17 @@ class CacheCut:
     recent: int
     states: dict[str, Any] = field(default_factory=dict)
     left: dict[str, Any] = field(default_factory=dict)
+    budget: Any = None
+    decides: Any = None
+    weight: Any = None
+    bias: Any = None
+    positions: Any = None
+    unturned: Any = None
+    turn: Callable[[Any, Any], Any] | None = None
+
+    def turned(self, query: Any, positions: Any) -> Any:
+        """Return queries ``[B, any, S, D]`` as they would be at other positions, int64 ``[B, S]``."""
+        return query if self.turn is None else self.turn(query, positions)
 
     @property
     def heads(self) -> int:
@@ -131,21 +154,53 @@ class CacheCut:
             temperature: Divides the logits: fp32, of five axes; None = 1.
         """
         b = self.b
-        groups = self.heads // self.kv_heads
-        start = b.sub_sizes(self.new, rows)
-        query = b.slice(self.query, 2, start, None)  # [B, H, R, D]
+        slot = self.slots()
+        own = b.unsqueeze(b.slice(slot, 0, b.sub_sizes(self.total, rows), None), 1)  # [R, 1]
+        seen = b.logical_and(b.compare("le", slot, own), b.unsqueeze(self.real, 1))
+        allowed = b.logical_or(seen, b.compare("eq", slot, own))  # [B, R, L]
+        query = b.slice(self.query, 2, b.sub_sizes(self.new, rows), None)
+        return self._attend(query, rows, allowed, temperature)
+
+    def probs_at(self, tokens: Any) -> Any:
+        """Return the probabilities of some of the call's queries, fp32 ``[B, Hkv, G, R, L]``.
+
+        Args:
+            tokens: int64 ``[R]``: which of the S.
+        """
+        b = self.b
+        own = b.unsqueeze(self.slots_of(tokens), 1)  # [R, 1]
+        slot = self.slots()
+        seen = b.logical_and(b.compare("le", slot, own), b.unsqueeze(self.real, 1))
+        allowed = b.logical_or(seen, b.compare("eq", slot, own))  # [B, R, L]
+        query = b.call(aten.index_select.default, self.query, 2, tokens)
+        return self._attend(query, b.size(tokens, 0), allowed, None)
+
+    def slots_of(self, tokens: Any) -> Any:
+        """Return the slots of some of the call's tokens, int64 ``[R]``."""
+        return self.b.call(aten.index_select.default, self.b.slice(self.slots(), 0, self.past, None), 0, tokens)
+
+    def probs_of(self, query: Any, rows: Any) -> Any:
+        """Return what queries that are not in the sequence would attend to, fp32 ``[B, Hkv, G, R, L]``: all real slots.
+
+        Args:
+            query: ``[B, H, R, D]``, turned.
+            rows: R.
+        """
+        return self._attend(query, rows, self.b.unsqueeze(self.real, 1), None)
+
+    def _attend(self, query: Any, rows: Any, allowed: Any, temperature: Any) -> Any:
+        """Softmax over the slots that are allowed, bool ``[B, R or 1, L]``."""
+        b = self.b
         width = b.shape(query)[3]
-        grouped = b.reshape(query, [b.size(query, 0), self.kv_heads, groups, rows, width])
+        grouped = b.reshape(query, [b.size(query, 0), self.kv_heads, self.heads // self.kv_heads, rows, width])
         keys = b.unsqueeze(b.transpose(self.key, 2, 3), 2)  # [B, Hkv, 1, D, L]
         logits = b.cast(b.matmul(b.mul(grouped, self.scale), keys), torch.float32)
         if self.softcap:
             logits = b.mul(b.call(aten.tanh.default, b.div(logits, self.softcap)), self.softcap)
         if temperature is not None:
             logits = b.div(logits, temperature)
-        slot = self.slots()
-        own = b.unsqueeze(b.slice(slot, 0, b.sub_sizes(self.total, rows), None), 1)  # [R, 1]
-        seen = b.logical_and(b.compare("le", slot, own), b.unsqueeze(self.real, 1))
-        allowed = b.logical_or(seen, b.compare("eq", slot, own))  # [B, R, L]
+        if self.bias is not None:
+            logits = b.add(logits, b.unsqueeze(b.unsqueeze(self.bias, 2), 3))
         allowed = b.unsqueeze(b.unsqueeze(allowed, 1), 1)
         return b.softmax(b.where(allowed, logits, LOWEST), 4)
 
@@ -170,4 +225,24 @@ class CacheCut:
         query = b.cast(b.div(self.query, temperature), b.dtype(self.query))
         width = b.slice(self.value, 3, 0, 1)  # the attended values are not wanted
         op = torch.ops.tokcc.cached_attention.default
-        return b.parts(b.call(op, query, self.key, width, self.real, 0, self.scale, 0.0), 2)[1]
+        return b.parts(b.call(op, query, self.key, width, self.real, 0, self.scale, 0.0, self.bias), 2)[1]
+
+
+def behind(cut: CacheCut, front: int) -> CacheCut:
+    """Return the cut without the first slots, which every cache of the layer has; states have no place for them."""
+    b = cut.b
+
+    def rest(x: Any, axis: int) -> Any:
+        return None if x is None else b.slice(x, axis, front, None)
+
+    return replace(
+        cut,
+        key=rest(cut.key, 2),
+        value=rest(cut.value, 2),
+        real=rest(cut.real, 1),
+        received=rest(cut.received, 2),
+        past=b.sub_sizes(cut.past, front),
+        total=b.sub_sizes(cut.total, front),
+        weight=rest(cut.weight, 2),
+        bias=rest(cut.bias, 2),
+    )

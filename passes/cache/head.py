@@ -11,7 +11,7 @@ from torch import fx
 from tokcc.ir.edit import evaluate, fake_mode_of, insert_call, remove_dead
 from tokcc.ir.program import PassResult, Program
 
-__all__ = ["LastTokenHead"]
+__all__ = ["LastTokenHead", "rowwise"]
 
 aten = torch.ops.aten
 
@@ -45,7 +45,7 @@ class LastTokenHead:
         mode = fake_mode_of(program)
         chain: list[fx.Node] = []
         current = value
-        while _rowwise(current):
+        while rowwise(current):
             chain.append(current)
             current = current.args[0]
         first = chain[-1] if chain else program.output_node
@@ -64,8 +64,8 @@ class LastTokenHead:
         return PassResult(program.refreshed(), True)
 
 
-def _rowwise(node: Any) -> bool:
-    """Whether a node treats every token by itself and has no other reader; operands beside the first are not tokens."""
+def rowwise(node: Any) -> bool:
+    """Return whether a node treats every token by itself and has no other reader; further operands are not tokens."""
     if not isinstance(node, fx.Node) or node.target not in _ROWWISE or len(node.users) != 1:
         return False
     others = [a for a in node.args[1:] if isinstance(a, fx.Node)]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import Field
 
 from tokcc.passes.budget import Count
 from tokcc.passes.cache.cut import CacheCut, Retained
+from tokcc.passes.cache.storage import Front
 from tokcc.passes.piece import Piece
 
-__all__ = ["CacheReducer", "CacheScore", "CacheSelector"]
+__all__ = ["CacheReducer", "CacheScore", "CacheSelector", "ReducedCache"]
 
 
 class CacheScore(Piece):
@@ -22,12 +24,14 @@ class CacheScore(Piece):
         once: Rates the prompt only: later single tokens are appended and nothing is evicted for them.
         keeps_sinks: The first tokens win by their score and need no protection.
         by_key_norm: Rates by the length of keys, which says nothing where the model normalises them.
+        looks_ahead: Turns queries to positions that are not their own: reads ``unturned`` and ``turned`` of the cut.
     """
 
     states: ClassVar[tuple[str, ...]] = ()
     once: ClassVar[bool] = False
     keeps_sinks: ClassVar[bool] = True
     by_key_norm: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
 
     def held(self) -> int:
         """Return how many entries, beside protected sinks, may have to stay until they can be rated."""
@@ -45,10 +49,12 @@ class CacheSelector(Piece):
         sinks: Protected first tokens; a budget `kv: {sinks: ...}` overrides it.
         recent: Protected last tokens, or the share of the capacity that they are; likewise.
         by_layer: One budget gives layers different capacities.
+        weighted: Says how many tokens each entry stands for.
     """
 
     wants_score: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
+    weighted: ClassVar[bool] = False
 
     sinks: int = Field(default=0, ge=0)
     recent: int | float = Field(default=0, ge=0)
@@ -74,9 +80,37 @@ class CacheSelector(Piece):
         raise NotImplementedError
 
 
-class CacheReducer(Piece):
-    """Makes the smaller cache."""
+@dataclass(frozen=True)
+class ReducedCache:
+    """The smaller cache of a layer.
 
-    def reduce(self, cut: CacheCut, retained: Retained) -> tuple[Any, Any]:
-        """Return keys ``[B, Hkv, K, D]`` and values ``[B, Hkv, K, Dv]``."""
+    Attributes:
+        key: ``[B, Hkv, K, D]``.
+        value: ``[B, Hkv, K, Dv]``.
+        weight: fp32 ``[B, Hkv, K]`` from reducers with `weighted`; None = what the selection says.
+        front: The entry in front of them, from reducers with `fronted`.
+    """
+
+    key: Any
+    value: Any
+    weight: Any = None
+    front: Front | None = None
+
+
+class CacheReducer(Piece):
+    """Makes the smaller cache.
+
+    Attributes:
+        changes: Entries are not what they were: they cannot be held in a form that is made once.
+        weighted: Says how many tokens each entry stands for.
+        fronted: There is an entry before all others, which is the reducer's alone: no score and no selector sees it,
+            and the reducer finds it in the first slot of its cut. Without weight at first.
+    """
+
+    changes: ClassVar[bool] = False
+    weighted: ClassVar[bool] = False
+    fronted: ClassVar[bool] = False
+
+    def reduce(self, cut: CacheCut, retained: Retained) -> ReducedCache:
+        """Return what is left; the selection counts slots behind the front."""
         raise NotImplementedError

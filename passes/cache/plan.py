@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,13 +11,18 @@ from tokcc.analysis.rotation import Rotation
 from tokcc.config import LoadedPolicy
 from tokcc.passes.budget import Count
 from tokcc.passes.cache.piece import CacheReducer, CacheScore, CacheSelector
+from tokcc.passes.cache.storage import CacheForm, CacheStorage
+from tokcc.passes.cache.storages.merged import Merged
 
-__all__ = ["CachePlan", "PlannedEviction"]
+__all__ = ["WEIGHT", "CachePlan", "HeadGroup", "PlannedEviction", "PlannedStorage"]
+
+WEIGHT = "key_weight"
+"""The state that says how many tokens an entry stands for."""
 
 
 @dataclass(frozen=True)
 class PlannedEviction:
-    """The eviction of one layer.
+    """The eviction of one layer, or of some of its heads.
 
     Attributes:
         step: Index of the policy's step.
@@ -31,6 +37,8 @@ class PlannedEviction:
         reduce: Makes the smaller cache.
         rotations: For `positions: compact`, how the layer turns queries and keys: the cache then holds keys that are
             not turned, and every call turns them by their place in the cache.
+        heads: The key heads that it is for; None = all of the layer.
+        turn: For scores that look ahead, how the layer turns its queries; None = it does not.
     """
 
     step: int
@@ -44,11 +52,76 @@ class PlannedEviction:
     select: CacheSelector
     reduce: CacheReducer
     rotations: tuple[Rotation, Rotation] | None = None
+    heads: tuple[int, ...] | None = None
+    turn: Rotation | None = None
+
+    @property
+    def weighted(self) -> bool:
+        """Whether entries stand for more or less than one token."""
+        return self.select.weighted or self.reduce.weighted
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of what travels beside keys and values."""
+        return (*self.score.states, *([WEIGHT] if self.weighted else []))
 
     @property
     def length(self) -> tuple[Any, ...]:
         """What the length of the cache depends on: layers with equal ones have equally long caches."""
-        return self.capacity, self.score.once, self.select.by_layer and (self.layer, self.select, self.recent)
+        own = self.select.by_layer and (self.layer, self.select, self.recent)
+        return self.capacity, self.score.once, self.reduce.fronted, own
+
+
+@dataclass(frozen=True)
+class PlannedStorage:
+    """How the cache of one layer is held.
+
+    Attributes:
+        step: Index of the policy's step.
+        layer: 0-based.
+        name: Preset or node kind.
+        where: Place in the policy.
+        storage: How.
+    """
+
+    step: int
+    layer: int
+    name: str
+    where: str
+    storage: CacheStorage
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """Key heads of one layer that share a cache.
+
+    Attributes:
+        layer: 0-based.
+        number: Among the groups of the layer; part of the names of all but the first.
+        heads: Key heads, ascending.
+        eviction: What is evicted; None = nothing.
+        storage: How entries are held.
+        window: Sliding window, 0 = none.
+        form: What has to be held.
+    """
+
+    layer: int
+    number: int
+    heads: tuple[int, ...]
+    eviction: PlannedEviction | None
+    storage: CacheStorage
+    window: int
+    form: CacheForm
+
+    @property
+    def length(self) -> tuple[Any, ...]:
+        """What the length of the cache depends on."""
+        return self.window, self.eviction and self.eviction.length, self.storage
+
+    def name(self, part: str, direction: str = "past_key_values") -> str:
+        """Return the public name of a tensor."""
+        suffix = f"_{self.number}" if self.number else ""
+        return f"{direction}.{self.layer}.{part}{suffix}"
 
 
 @dataclass(frozen=True)
@@ -58,8 +131,11 @@ class CachePlan:
     Attributes:
         policy: The policy it came from.
         sites: The caches, by layer.
+        forms: What each of them holds, without states.
         windows: Sliding window of each layer, 0 = none.
-        evictions: By layer.
+        evictions: In the order of layers, and of steps within a layer; their heads do not overlap.
+        storages: By layer, where it is not `otherwise`.
+        otherwise: How all other layers are held.
         attention_mask: Name of the padding mask input, or None.
         warnings: What the report must say.
         last_token_outputs: Positions of the outputs that hold the last token's row only.
@@ -67,22 +143,83 @@ class CachePlan:
 
     policy: LoadedPolicy
     sites: tuple[CacheSite, ...]
+    forms: tuple[CacheForm, ...]
     windows: tuple[int, ...]
-    evictions: dict[int, PlannedEviction] = field(default_factory=dict)
+    evictions: tuple[PlannedEviction, ...] = ()
+    storages: Mapping[int, PlannedStorage] = field(default_factory=dict)
+    otherwise: CacheStorage = field(default_factory=Merged)
     attention_mask: str | None = None
     warnings: tuple[str, ...] = ()
     last_token_outputs: tuple[int, ...] = ()
 
-    def without_evictions(self) -> CachePlan:
-        """Return the plan that keeps everything that can still be seen."""
-        return replace(self, evictions={}, warnings=())
+    @property
+    def changes(self) -> bool:
+        """Whether caches are anything but whole."""
+        return bool(self.evictions or self.storages) or self.otherwise != Merged()
+
+    @property
+    def fixed(self) -> bool:
+        """Whether caches have a fixed length, empty or not."""
+        return self.otherwise.always() is not None
+
+    @property
+    def parts(self) -> tuple[PlannedEviction | PlannedStorage, ...]:
+        """Everything that is done to single layers."""
+        return (*self.evictions, *self.storages.values())
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token in all layers, as the model makes them."""
+        widths = ((form.kv_heads * (form.key_width + form.value_width), form.dtype.itemsize) for form in self.forms)
+        return sum(count * size for count, size in widths)
+
+    @property
+    def waits(self) -> int:
+        """How many tokens may come in before the first is held in another form than it came."""
+        return max((planned.storage.waits() for planned in self.storages.values()), default=0)
+
+    def without_changes(self) -> CachePlan:
+        """Return the plan that keeps everything that can still be seen, as it is."""
+        return replace(self, evictions=(), storages={}, otherwise=Merged(), warnings=())
+
+    def of_layer(self, layer: int) -> tuple[PlannedEviction, ...]:
+        """Return the evictions of a layer."""
+        return tuple(eviction for eviction in self.evictions if eviction.layer == layer)
+
+    def groups(self, layer: int) -> tuple[HeadGroup, ...]:
+        """Return the caches of a layer: heads that keep everything first."""
+        return tuple(self._groups(layer))
+
+    def _groups(self, layer: int) -> Iterator[HeadGroup]:
+        form, planned = self.forms[layer], self.storages.get(layer)
+        storage = self.otherwise if planned is None else planned.storage
+        everyone = tuple(range(form.kv_heads))
+        evictions = self.of_layer(layer)
+        chosen = [everyone if eviction.heads is None else eviction.heads for eviction in evictions]
+        rest = tuple(head for head in everyone if not any(head in heads for heads in chosen))
+        parts: list[tuple[tuple[int, ...], PlannedEviction | None]] = [(rest, None)] if rest else []
+        parts += list(zip(chosen, evictions, strict=True))
+        for number, (heads, eviction) in enumerate(parts):
+            states = eviction.states if eviction else ()
+            front = eviction is not None and eviction.reduce.fronted
+            own = replace(form, kv_heads=len(heads), states=states, front=front)
+            yield HeadGroup(layer, number, heads, eviction, storage, self.windows[layer], own)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the applied policy in the long form, with the layers that were chosen: replayable."""
+        """Return the applied policy in the long form, with the layers and heads that were chosen: replayable."""
         data = self.policy.policy.to_dict()
-        layers: dict[int, list[int]] = {}
-        for layer, eviction in self.evictions.items():
-            layers.setdefault(eviction.step, []).append(layer)
-        for step, chosen in layers.items():
-            data["steps"][step]["at"]["layers"] = sorted(chosen)
+        for number, step in enumerate(data["steps"]):
+            layers = sorted({part.layer for part in self.parts if part.step == number})
+            if layers:
+                step["at"]["layers"] = layers
+            mine = [eviction for eviction in self.evictions if eviction.step == number]
+            if mine and step.get("heads"):
+                everyone = {e.layer: range(self.forms[e.layer].kv_heads) for e in mine}
+                heads = {e.layer: list(everyone[e.layer] if e.heads is None else e.heads) for e in mine}
+                step["heads"] = {"kind": "listed", "heads": heads}
+            for name in ("score", "select") if mine else ():
+                piece = getattr(mine[0], name)
+                if getattr(piece, "profile", None):
+                    # What was read from a file is written out: the bundle needs nothing but itself.
+                    step[name] = {"kind": piece.kind, **piece.model_dump(mode="json", exclude={"profile"})}
         return data

@@ -14,8 +14,12 @@ from tokcc.config import LoadedPolicy, PieceSpec, Step
 from tokcc.errors import PlanError, PolicyError
 from tokcc.ir.program import Program
 from tokcc.passes.budget import Count, resolve_budget
+from tokcc.passes.cache.fixed_slots import fixed_slots
+from tokcc.passes.cache.head_choice import HeadChoice
 from tokcc.passes.cache.piece import CacheReducer, CacheScore, CacheSelector
-from tokcc.passes.cache.plan import CachePlan, PlannedEviction
+from tokcc.passes.cache.plan import CachePlan, PlannedEviction, PlannedStorage
+from tokcc.passes.cache.storage import CacheForm, CacheStorage
+from tokcc.passes.cache.storages.merged import Merged
 from tokcc.passes.piece import resolve_piece
 
 __all__ = ["make_cache_plan"]
@@ -30,35 +34,152 @@ def make_cache_plan(policy: LoadedPolicy, program: Program, sites: tuple[CacheSi
         PlanError: A step cannot be applied.
         PolicyError: A piece or parameter is unknown.
     """
-    if policy.policy.kv.layout != "merged":
-        raise PlanError(
-            f"the cache layout `{policy.policy.kv.layout}` is not available in this version of tokcc",
-            policy=policy.where(("kv", "layout")),
-            needed="merged",
-        )
     windows = sliding_windows(program, sites)
-    evictions: dict[int, PlannedEviction] = {}
+    forms = _forms(program, sites)
+    evictions: list[PlannedEviction] = []
+    storages: dict[int, PlannedStorage] = {}
     warnings: list[str] = []
     for number, step in enumerate(policy.policy.steps):
-        for layer, eviction in _plan_step(policy, number, step, program, sites, windows, warnings).items():
-            if layer in evictions:
-                raise PolicyError(
-                    f"two steps evict from the cache of layer {layer}",
-                    policy=policy.where(("steps", number)),
-                    found=f"the other is {evictions[layer].where}",
-                    help="give the steps different layers",
-                )
-            evictions[layer] = eviction
+        if step.node == "store_kv":
+            warnings += _add_storages(policy, number, step, forms, windows, storages)
+            continue
+        for eviction in _plan_step(policy, number, step, program, sites, forms, windows, warnings):
+            _refuse_overlap(policy, number, eviction, evictions)
+            evictions.append(eviction)
+    evictions.sort(key=lambda eviction: (eviction.layer, eviction.step))
+    _refuse_changes(evictions, storages)
     warnings += _doubts(program, sites, evictions)
-    mask = mask_input(program, sites)
+    attention_mask = mask_input(program, sites)
+    otherwise: CacheStorage = Merged()
+    if policy.policy.kv.layout == "slots":
+        otherwise = fixed_slots(policy, forms, windows, evictions, storages, attention_mask)
     return CachePlan(
         policy,
         sites,
+        forms,
         windows,
-        dict(sorted(evictions.items())),
-        mask,
-        tuple(dict.fromkeys(warnings)),
-        tuple(_last_token_outputs(policy, program, sites)),
+        tuple(evictions),
+        dict(sorted(storages.items())),
+        otherwise,
+        attention_mask=attention_mask,
+        warnings=tuple(dict.fromkeys(warnings)),
+        last_token_outputs=tuple(_last_token_outputs(policy, program, sites)),
+    )
+
+
+def _forms(program: Program, sites: Sequence[CacheSite]) -> tuple[CacheForm, ...]:
+    nodes = {node.name: node for node in program.graph.nodes}
+    pairs = [(nodes[site.past_key].meta["val"], nodes[site.past_value].meta["val"]) for site in sites]
+    return tuple(CacheForm(int(k.shape[1]), int(k.shape[3]), int(v.shape[3]), k.dtype) for k, v in pairs)
+
+
+def _refuse_overlap(
+    policy: LoadedPolicy, number: int, eviction: PlannedEviction, others: Sequence[PlannedEviction]
+) -> None:
+    for other in others:
+        apart = eviction.heads is not None and other.heads is not None and not {*eviction.heads} & {*other.heads}
+        if other.layer == eviction.layer and not apart:
+            raise PolicyError(
+                f"two steps evict from the cache of layer {eviction.layer}",
+                policy=policy.where(("steps", number)),
+                found=f"the other is {other.where}",
+                help="give the steps different layers, or different `heads`",
+            )
+
+
+def _refuse_changes(evictions: Sequence[PlannedEviction], storages: Mapping[int, PlannedStorage]) -> None:
+    """Refuse what a storage cannot hold."""
+    for eviction in evictions:
+        planned = storages.get(eviction.layer)
+        if planned is None:
+            continue
+        if not planned.storage.evicts:
+            raise PlanError(
+                f"nothing can be evicted from a cache that `{planned.name}` holds",
+                policy=eviction.where,
+                found=f"both in layer {eviction.layer}",
+                help="use one of the two, or give them different layers",
+            )
+        if eviction.reduce.changes and not planned.storage.as_they_are:
+            raise PlanError(
+                f"`{eviction.name}` changes entries, and `{planned.name}` rounds each of them once",
+                policy=eviction.where,
+                found=f"both in layer {eviction.layer}",
+                help="use a method that only drops entries",
+            )
+
+
+def _add_storages(
+    policy: LoadedPolicy,
+    number: int,
+    step: Step,
+    forms: Sequence[CacheForm],
+    windows: Sequence[int],
+    storages: dict[int, PlannedStorage],
+) -> Sequence[str]:
+    """Add the storages of a step and return warnings."""
+    place = policy.where(("steps", number, "store"))
+    if step.store is None:
+        raise PolicyError(
+            "`node: store_kv` needs a storage",
+            policy=policy.where(("steps", number)),
+            help="add for instance `store: {kind: codes, bits: 8}`",
+        )
+    storage: CacheStorage = resolve_piece(step.store, CacheStorage, "cache.storages", place)
+    if storage.always() is not None:
+        raise PolicyError(
+            f"`{step.store.kind}` is a layout of all caches, and nothing for single layers",
+            policy=place,
+            help=f"write `kv: {{layout: {step.store.kind}}}` beside `steps`",
+        )
+    try:
+        layers = step.at.resolve(len(forms))
+    except ValueError as error:
+        raise _no_such_layer(policy, number, error, len(forms)) from error
+    sliding = [layer for layer in layers if windows[layer] and not storage.evicts]
+    if sliding and len(sliding) == len(layers):
+        raise PlanError(
+            f"every chosen layer has a sliding window, and nothing can be taken out of what `{step.name}` holds",
+            policy=place,
+            needed="layers that see the whole sequence, or a storage such as `codes`",
+        )
+    for layer in layers:
+        if layer in sliding:
+            continue
+        if layer in storages:
+            raise PolicyError(
+                f"two steps say how the cache of layer {layer} is held",
+                policy=policy.where(("steps", number)),
+                found=f"the other is {storages[layer].where}",
+                help="give the steps different layers",
+            )
+        try:
+            storage.check(forms[layer])
+        except ValueError as error:
+            raise PlanError(
+                f"`{step.name}` cannot hold the cache of layer {layer}", policy=place, needed=str(error)
+            ) from error
+        storages[layer] = PlannedStorage(number, layer, step.name, policy.where(("steps", number)), storage)
+    warnings = []
+    if not storage.as_they_are:
+        warnings.append(
+            f"`{step.name}` holds caches in tensors of its own: `tokcc run` and callers that feed every output back can"
+            " use them; optimum and onnxruntime-genai begin with keys and values as wide as a head"
+        )
+    if sliding:
+        listed = ", ".join(map(str, sliding))
+        warnings.append(
+            f"layers {listed} have sliding windows, out of which entries fall: `{step.name}` leaves them as they are"
+        )
+    return warnings
+
+
+def _no_such_layer(policy: LoadedPolicy, number: int, error: ValueError, layers: int) -> PlanError:
+    return PlanError(
+        str(error),
+        policy=policy.where(("steps", number, "at", "layers")),
+        needed=f"layers between 0 and {layers - 1}: the model has {layers}",
+        help="`tokcc inspect MODEL` lists the layers",
     )
 
 
@@ -89,22 +210,23 @@ def _plan_step(
     step: Step,
     program: Program,
     sites: Sequence[CacheSite],
+    forms: Sequence[CacheForm],
     windows: Sequence[int],
     warnings: list[str],
-) -> dict[int, PlannedEviction]:
+) -> Iterator[PlannedEviction]:
     where = policy.where(("steps", number))
     if step.node != "evict_kv":
         raise PlanError(
             f"`{step.node}` steps are not available for decoders in this version of tokcc",
             policy=policy.where(("steps", number, "node")),
-            needed="evict_kv",
+            needed="evict_kv or store_kv",
         )
     layers = _layers(policy, number, step, windows, warnings)
     score, select, reduce = _pieces(policy, number, step)
     counts = _capacities(policy, number, step, layers, len(windows))
-    result: dict[int, PlannedEviction] = {}
+    heads = _heads(policy, number, step, forms, windows)
     for layer, count in zip(layers, counts, strict=True):
-        if count.nothing:
+        if count.nothing or (heads is not None and layer not in heads):
             continue
         fixed = int(count.amount) if count.kind == "tokens" else None
         kv = step.budget.kv
@@ -125,10 +247,35 @@ def _plan_step(
                 found=str(fixed),
             )
         rotations = _rotations(policy, number, program, sites[layer]) if step.positions == "compact" else None
-        result[layer] = PlannedEviction(
-            number, layer, step.name, where, count, sinks, recent, score, select, reduce, rotations
+        turn = _query_rotation(program, sites[layer]) if score.looks_ahead else None
+        chosen = None if heads is None or len(heads[layer]) == forms[layer].kv_heads else heads[layer]
+        yield PlannedEviction(
+            number, layer, step.name, where, count, sinks, recent, score, select, reduce, rotations, chosen, turn
         )
-    return result
+
+
+def _heads(
+    policy: LoadedPolicy, number: int, step: Step, forms: Sequence[CacheForm], windows: Sequence[int]
+) -> dict[int, tuple[int, ...]] | None:
+    """Return the key heads that a step is for, by layer; None = all."""
+    if step.heads is None:
+        return None
+    place = policy.where(("steps", number, "heads"))
+    choice: HeadChoice = resolve_piece(step.heads, HeadChoice, "cache.heads", place)
+    try:
+        return choice.choose({layer: form.kv_heads for layer, form in enumerate(forms) if not windows[layer]})
+    except ValueError as error:
+        raise PlanError(
+            str(error),
+            policy=place,
+            needed="a choice made for this model",
+            help="`tokcc inspect MODEL` lists layers and heads",
+        ) from error
+
+
+def _query_rotation(program: Program, site: CacheSite) -> Rotation | None:
+    query = next(node for node in program.graph.nodes if node.name == site.query)
+    return find_rotation(program, query)
 
 
 def _rotations(policy: LoadedPolicy, number: int, program: Program, site: CacheSite) -> tuple[Rotation, Rotation]:
@@ -153,12 +300,7 @@ def _layers(
     try:
         layers = step.at.resolve(len(windows))
     except ValueError as error:
-        raise PlanError(
-            str(error),
-            policy=place,
-            needed=f"layers between 0 and {len(windows) - 1}: the model has {len(windows)}",
-            help="`tokcc inspect MODEL` lists the layers",
-        ) from error
+        raise _no_such_layer(policy, number, error, len(windows)) from error
     sliding = [layer for layer in layers if windows[layer]]
     if sliding and len(sliding) == len(layers):
         raise PlanError(
@@ -216,10 +358,11 @@ def _pieces(policy: LoadedPolicy, number: int, step: Step) -> tuple[CacheScore, 
     return score, select, reduce
 
 
-def _doubts(program: Program, sites: Sequence[CacheSite], evictions: Mapping[int, PlannedEviction]) -> Iterator[str]:
+def _doubts(program: Program, sites: Sequence[CacheSite], evictions: Sequence[PlannedEviction]) -> Iterator[str]:
     """Say what is allowed and probably not wanted."""
     nodes = {node.name: node for node in program.graph.nodes}
-    for layer, eviction in evictions.items():
+    for eviction in evictions:
+        layer = eviction.layer
         if not eviction.sinks and not eviction.score.keeps_sinks:
             yield (
                 f"`{eviction.name}` evicts the first tokens, on which decoders rest much of their attention: "
@@ -227,7 +370,7 @@ def _doubts(program: Program, sites: Sequence[CacheSite], evictions: Mapping[int
             )
         if eviction.score.by_key_norm and _normalised(nodes[sites[layer].new_key]):
             yield f"`{eviction.name}` rates keys by their length, and this model normalises its keys"
-    if len({e.length for e in evictions.values()}) > 1:
+    if len({e.length for e in evictions}) > 1:
         yield "layers keep different numbers of entries: onnxruntime-genai takes one length for all of them"
 
 

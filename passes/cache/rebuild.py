@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,12 +10,13 @@ from torch import fx
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from tokcc.analysis.cache_sites import CacheSite
-from tokcc.analysis.rotation import Rotation
 from tokcc.ir.builder import GraphBuilder
 from tokcc.ir.edit import fake_mode_of
 from tokcc.ir.program import PassResult, Program
-from tokcc.passes.cache.cut import CacheCut
-from tokcc.passes.cache.plan import CachePlan
+from tokcc.passes.cache.cut import LOWEST, CacheCut, behind
+from tokcc.passes.cache.plan import WEIGHT, CachePlan, HeadGroup, PlannedEviction
+from tokcc.passes.cache.storage import Front, Held, Left, Stored
+from tokcc.passes.cache.text import is_text
 from tokcc.passes.cache.visible import real_slots, slot_rank
 from tokcc.passes.outputs import OutputPlan
 from tokcc.passes.propagate import finish
@@ -55,19 +56,15 @@ class _Rebuild:
         self.nodes = {node.name: node for node in program.graph.nodes}
         self.env: dict[fx.Node, Any] = {}
         self.by_output = {site.output: site for site in plan.sites}
-        self.made: dict[int, Any] = {}  # output position -> handle
-        self.states: dict[tuple[int, str], fx.Node] = {}
-        self._sizes: dict[Any, Any] = {}
-        self.left: dict[str, Any] = {}  # public name -> handle
+        self.groups = {site.layer: plan.groups(site.layer) for site in plan.sites}
+        self.tensors: dict[str, fx.Node] = {}  # public name of an input -> placeholder
+        self.left: dict[str, Any] = {}  # public name of an output -> handle
+        self.named: dict[str, str] = {}  # placeholder -> public name
+        self._sizes: dict[tuple[Any, ...], Any] = {}
 
     def run(self) -> Program:
         """Copy what the outputs need, with the caches' attention in its new form."""
-        names = {
-            name: f"past_key_values.{site.layer}.{part}"
-            for site in self.plan.sites
-            for part, name in (("key", site.past_key), ("value", site.past_value))
-        }
-        inputs = self._inputs(names)
+        specs = self._inputs()
         for node in self._needed():
             site = self.by_output.get(node.name)
             if site is not None:
@@ -78,60 +75,76 @@ class _Rebuild:
                 args, kwargs = operands
                 self.b.scope = node
                 self.env[node] = self.b.call(node.target, *args, **kwargs)
-        values = []
+        values, names = [], []
+        pairs = self._pairs()
+        places = {position: i for i, position in enumerate(self.program.user_output_positions)}
         for position, value in enumerate(self.program.output_values):
-            handle = self.made.get(position)
-            values.append(self.env[value] if handle is None else handle)
+            public = pairs.get(position)
+            values.append(self.env[value] if public is None else self.left.pop(public))
+            if position in places:
+                names.append(self.program.output_names[places[position]] if public is None else public)
+        # In the order of the inputs: runtimes pair inputs and outputs by their order.
         values += self.left.values()
-        outputs = OutputPlan((*self._output_names(), *self.left), (), values=tuple(values))
-        return finish(self.program, self.b, outputs, inputs=inputs, input_names=names)
+        outputs = OutputPlan((*names, *self.left), (), values=tuple(values))
+        return finish(self.program, self.b, outputs, inputs=specs, input_names=self.named)
 
-    def _inputs(self, names: dict[str, str]) -> list[InputSpec]:
-        """Copy the placeholders, each cache with a length of its own, and add those of the states."""
-        lengths = {name: self._length(site) for site in self.plan.sites for name in (site.past_key, site.past_value)}
-        sizes: dict[Any, Any] = {}
+    def _pairs(self) -> dict[int, str]:
+        """Return what takes the place of the model's own cache outputs: the first group's keys and values."""
+        return {
+            position: self.groups[site.layer][0].name(part, "present")
+            for site in self.plan.sites
+            for part, position in (("key", site.present_key), ("value", site.present_value))
+        }
+
+    def _inputs(self) -> list[InputSpec]:
+        """Copy the placeholders, each cache with a length of its own, and add those of what travels besides."""
+        caches = {
+            name: (self.groups[site.layer][0], part)
+            for site in self.plan.sites
+            for part, name in (("key", site.past_key), ("value", site.past_value))
+        }
         for node in self.program.graph.nodes:
             if node.op != "placeholder":
                 continue
             copied = self.env[node] = self.b.placeholder(node)
-            if node.name not in lengths:
-                continue
-            fake, length = copied.meta["val"], lengths[node.name]
-            if length not in sizes:
-                sizes[length] = self.b.free_size(int(fake.shape[2].node.hint)) if sizes else fake.shape[2]
-            shape = list(fake.shape)
-            shape[2] = sizes[length]
-            with self.b.fake_mode:
-                copied.meta["val"] = torch.empty(shape, dtype=fake.dtype, device=fake.device)
+            if node.name in caches:
+                group, part = caches[node.name]
+                stored = next(item for item in group.storage.tensors(group.form) if item.name == part)
+                copied.meta["val"] = self._empty(group, stored, copied.meta["val"])
+                self._register(group, part, copied)
         specs = []
-        for layer, eviction in self.plan.evictions.items():
-            site = self.plan.sites[layer]
-            past = self.env[self.nodes[site.past_key]]
-            for state in eviction.score.states:
-                fake = past.meta["val"]
-                with self.b.fake_mode:
-                    value = torch.empty([*fake.shape[:3], 1], dtype=torch.float32, device=fake.device)
-                name = f"{site.past_key}_{state}"
-                node = self.b.graph.create_node("placeholder", name, name=name)
-                node.meta["val"] = value
-                self.states[layer, state] = node
-                names[node.name] = f"past_key_values.{layer}.{state}"
-                specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(name=node.name), None))
+        for site in self.plan.sites:
+            like = self.env[self.nodes[site.past_key]].meta["val"]
+            for group in self.groups[site.layer]:
+                for stored in group.storage.tensors(group.form):
+                    if group.name(stored.name) in self.tensors:
+                        continue
+                    name = f"{site.past_key}_{stored.name}" + (f"_{group.number}" if group.number else "")
+                    node = self.b.graph.create_node("placeholder", name, name=name)
+                    node.meta["val"] = self._empty(group, stored, like)
+                    self._register(group, stored.name, node)
+                    specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(name=node.name), None))
         return specs
 
-    def _output_names(self) -> list[str]:
-        """Name the caches as the community does; positions count user outputs."""
-        names = list(self.program.output_names)
-        places = {position: i for i, position in enumerate(self.program.user_output_positions)}
-        for site in self.plan.sites:
-            for part, position in (("key", site.present_key), ("value", site.present_value)):
-                names[places[position]] = f"present.{site.layer}.{part}"
-        return names
+    def _register(self, group: HeadGroup, part: str, node: fx.Node) -> None:
+        self.tensors[group.name(part)] = node
+        self.named[node.name] = group.name(part)
 
-    def _length(self, site: CacheSite) -> Any:
-        """Return what the length of a layer's cache depends on: layers that keep as much have one length."""
-        eviction = self.plan.evictions.get(site.layer)
-        return self.plan.windows[site.layer], eviction and eviction.length
+    def _empty(self, group: HeadGroup, stored: Stored, like: torch.Tensor) -> torch.Tensor:
+        """Return the fake of a tensor that travels: one symbol for one length."""
+        rows: Any = stored.fixed
+        if rows is None:
+            key = (group.length, stored.rows, "rows")
+            if key not in self._sizes:
+                first = not any(word == "rows" for *_, word in self._sizes)
+                length: Any = like.shape[2]
+                # No two alike, and none so small that an arithmetic of lengths comes out as 0 or 1.
+                hint = int(length.node.hint) + 997 * len(self._sizes)
+                self._sizes[key] = length if first else self.b.free_size(hint)
+            rows = self._sizes[key]
+        shape = [like.shape[0], stored.heads, rows, stored.width]
+        with self.b.fake_mode:
+            return torch.empty(shape, dtype=stored.dtype, device=like.device)
 
     def _needed(self) -> list[fx.Node]:
         """Return the nodes that the outputs need when attention reads only queries and new keys and values."""
@@ -149,85 +162,184 @@ class _Rebuild:
             work += node.all_input_nodes if site is None else self._operands(site)
         return [node for node in self.program.graph.nodes if node in needed]
 
-    def _rotations(self, site: CacheSite) -> tuple[Rotation, Rotation] | None:
-        eviction = self.plan.evictions.get(site.layer)
-        return None if eviction is None else eviction.rotations
-
     def _operands(self, site: CacheSite) -> list[fx.Node]:
-        """Return what the attention of a layer reads: unrotated queries and keys where it turns them itself."""
-        rotations = self._rotations(site)
-        query, key, value = (self.nodes[name] for name in (site.query, site.new_key, site.new_value))
-        if rotations is None:
-            return [query, key, value]
-        outside = [node for rotation in rotations for node in rotation.outside]
-        return [rotations[0].source, rotations[1].source, value, *outside]
+        """Return what the attention of a layer reads: what is turned again is read before it is turned, too."""
+        operands = [self.nodes[name] for name in (site.query, site.new_key, site.new_value)]
+        for eviction in self.plan.of_layer(site.layer):
+            for rotation in (*(eviction.rotations or ()), *([eviction.turn] if eviction.turn else ())):
+                operands += [rotation.source, rotation.positions, *rotation.outside]
+        return operands
 
     def _attend(self, site: CacheSite) -> Any:
-        b, layer = self.b, site.layer
-        query, new_key, new_value = (self.env[node] for node in self._operands(site)[:3])
-        past_key, past_value = (self.env[self.nodes[name]] for name in (site.past_key, site.past_value))
+        """Attend with all groups of heads of a layer."""
+        b, groups = self.b, self.groups[site.layer]
+        outs = [self._attend_group(site, group) for group in groups]
+        if len(outs) == 1:
+            return outs[0]
+        joined = b.cat(outs, 1)
+        size = int(b.shape(joined)[1])
+        per_head = size // sum(len(group.heads) for group in groups)
+        order = [head * per_head + i for group in groups for head in group.heads for i in range(per_head)]
+        if order == sorted(order):
+            return joined
+        back = torch.tensor([order.index(head) for head in range(size)])
+        return b.call(aten.index_select.default, joined, 1, b.constant(f"head_order_{site.layer}", back))
+
+    def _heads(self, x: Any, group: HeadGroup, kv_heads: int) -> Any:
+        """Take the group's heads of ``[B, H or Hkv, ...]``."""
+        if len(group.heads) == kv_heads:
+            return x
+        b = self.b
+        per_head = int(b.shape(x)[1]) // kv_heads
+        order = [head * per_head + i for head in group.heads for i in range(per_head)]
+        if order == list(range(order[0], order[-1] + 1)):
+            return b.slice(x, 1, order[0], order[-1] + 1)
+        name = f"heads_{group.layer}_{group.number}_{per_head}"
+        return b.call(aten.index_select.default, x, 1, b.constant(name, torch.tensor(order)))
+
+    def _attend_group(self, site: CacheSite, group: HeadGroup) -> Any:
+        b, eviction = self.b, group.eviction
+        kv_heads = self.plan.forms[site.layer].kv_heads
+        query, new_key, new_value = (
+            self._heads(self.env[self.nodes[name]], group, kv_heads)
+            for name in (site.query, site.new_key, site.new_value)
+        )
+        rotations = None if eviction is None else eviction.rotations
+        if rotations is not None:
+            query, new_key = (self._heads(self.env[r.source], group, kv_heads) for r in rotations)
+        tensors: dict[str, Any] = {
+            stored.name: self.tensors[group.name(stored.name)] for stored in group.storage.tensors(group.form)
+        }
+        with b.inserting(f"read@{site.layer}"):
+            held = group.storage.read(b, group.form, tensors)
+        basis = group.storage.basis(group.form)
+        if basis is not None:
+            query, new_key = (self._times(x, basis[0]) for x in (query, new_key))
+            new_value = self._times(new_value, basis[1])
+        before = [held.key, held.value]
+        front = None if held.front is None else self._front(held.front)
+        if front is not None:
+            before = [b.cat([front.key, held.key], 2), b.cat([front.value, held.value], 2)]
         # One node for one size, so that layers of equal length share their masks.
-        past = self._sizes.setdefault(self._length(site), b.size(past_key, 2))
-        new = self._sizes.setdefault("new", b.size(query, 2))
+        slots = b.add_sizes(b.size(held.key, 2), int(front is not None))
+        past = self._sizes.setdefault((group.length, "past"), slots)
+        new = self._sizes.setdefault(("new",), b.size(query, 2))
         total = b.add_sizes(past, new)
-        key, value = b.cat([past_key, new_key], 2), b.cat([past_value, new_value], 2)
+        key, value = b.cat([before[0], new_key], 2), b.cat([before[1], new_value], 2)
         mask = None if self.plan.attention_mask is None else self.env[self.nodes[self.plan.attention_mask]]
         real = real_slots(b, mask, past, new, query)
-        window = self.plan.windows[layer]
-        stored, rotations = key, self._rotations(site)
+        if held.real is not None:
+            real = b.cat([held.real, b.slice(real, 1, past, None)], 1)
+        stored_key = key
         if rotations is not None:
             place = b.call(aten.clamp_min.default, slot_rank(b, real), 0)  # [B, L]
             query = rotations[0].replay(b.call, query, b.slice(place, 1, past, None), self.env)
             key = rotations[1].replay(b.call, key, place, self.env)
+        weight, bias = self._weights(held, front, query)
         op = torch.ops.tokcc.cached_attention.default
-        both = b.call(op, query, key, value, real, window, site.scale, site.softcap)
+        extra = () if bias is None else (bias,)
+        both = b.call(op, query, key, value, real, group.window, site.scale, site.softcap, *extra)
         out, received = b.parts(both, 2)
-        eviction = self.plan.evictions.get(layer)
+        cut = CacheCut(
+            b=b,
+            layer=site.layer,
+            num_layers=len(self.plan.sites),
+            query=query,
+            key=key,
+            value=value,
+            real=real,
+            received=received,
+            past=past,
+            new=new,
+            total=total,
+            seen=total if mask is None else b.size(mask, 1),
+            scale=site.scale,
+            softcap=site.softcap,
+            capacity=None,
+            sinks=0 if eviction is None else eviction.sinks,
+            recent=0 if eviction is None else eviction.recent,
+            states=held.states,
+            budget=None if eviction is None else eviction.capacity,
+            weight=weight,
+            bias=bias,
+        )
+        left = Left(stored_key, value, held.states, new_key, new_value, real, past, new, cut=cut)
         if eviction is not None:
-            with b.inserting(f"{eviction.name}@{layer}"):
-                seen = total if mask is None else b.size(mask, 1)
-                cut = CacheCut(
-                    b=b,
-                    layer=layer,
-                    num_layers=len(self.plan.sites),
-                    query=query,
-                    key=key,
-                    value=value,
-                    real=real,
-                    received=received,
-                    past=past,
-                    new=new,
-                    total=total,
-                    seen=seen,
-                    scale=site.scale,
-                    softcap=site.softcap,
-                    capacity=None,
-                    sinks=eviction.sinks,
-                    recent=eviction.recent,
-                    # Not a squeeze: runtimes start with no slots of any width (tokcc.backends.onnx frees it).
-                    states={s: b.call(aten.select.int, self.states[layer, s], 3, 0) for s in eviction.score.states},
-                )
-                cut.capacity = _capacity(cut, eviction)
-                score = eviction.score.emit(cut)
-                retained = eviction.select.select(cut, score)
-                cut.key = stored
-                key, value = eviction.reduce.reduce(cut, retained)
-                self._leave(site, cut, retained.index)
-        elif window:
+            with b.inserting(f"{eviction.name}@{site.layer}"):
+                cut = replace(cut, **self._looking_ahead(eviction, group, kv_heads, query))
+                left = self._evict(eviction, cut, stored_key, left, group.storage.always())
+        elif group.window:
             # A query sees window - 1 earlier tokens: nothing else is ever read again.
-            start = b.max_sizes(b.sub_sizes(total, window - 1), 0)
-            key, value = (b.slice(x, 2, start, None) for x in (key, value))
-        self.made[site.present_key], self.made[site.present_value] = key, value
-        return out
+            start = b.max_sizes(b.sub_sizes(total, group.storage.always() or group.window - 1), 0)
+            key, value = (b.slice(x, 2, start, None) for x in (stored_key, value))
+            left = replace(left, key=key, value=value, start=start)
+        with b.inserting(f"write@{site.layer}"):
+            written = group.storage.write(b, group.form, tensors, left)
+        for stored in group.storage.tensors(group.form):
+            self.left[group.name(stored.name, "present")] = written[stored.name]
+        return out if basis is None else self._times(out, basis[1].T)
 
-    def _leave(self, site: CacheSite, cut: CacheCut, index: Any) -> None:
-        # In the order of the inputs: runtimes pair inputs and outputs by their order.
-        for state in self.plan.evictions[site.layer].score.states:
-            kept = cut.b.call(torch.ops.tokcc.gather_slots.default, cut.left[state], index)
-            self.left[f"present.{site.layer}.{state}"] = cut.b.unsqueeze(kept, 3)
+    def _times(self, x: Any, matrix: torch.Tensor) -> Any:
+        """Multiply ``[B, heads, S, D]`` by a constant ``[D, D]``."""
+        weight = self.b.constant("basis", matrix.T.contiguous().to(self.b.dtype(x)))
+        return self.b.call(aten.linear.default, x, weight)
+
+    def _looking_ahead(self, eviction: PlannedEviction, group: HeadGroup, kv_heads: int, query: Any) -> dict[str, Any]:
+        """Return what scores need that turn queries themselves."""
+        if not eviction.score.looks_ahead:
+            return {}
+        rotation = eviction.turn
+        if rotation is None:
+            return {"unturned": query}
+        return {
+            "unturned": self._heads(self.env[rotation.source], group, kv_heads),
+            "positions": self.env[rotation.positions],
+            "turn": lambda x, positions: rotation.replay(self.b.call, x, positions, self.env),
+        }
+
+    def _front(self, front: Front) -> Front:
+        """Return the entry in front as one row: before the first call it is all zeros, of no weight."""
+        b = self.b
+        weight = b.sum(front.weight, 2, keepdim=True)  # [B, Hkv, 1]
+        return Front(b.sum(front.key, 2, keepdim=True), b.sum(front.value, 2, keepdim=True), weight)
+
+    def _weights(self, held: Held, front: Front | None, query: Any) -> tuple[Any, Any]:
+        """Return how many tokens each slot stands for, fp32 ``[B, Hkv, L]``, and the logarithm; None = one each."""
+        b, known = self.b, held.states.get(WEIGHT)
+        if known is None and front is None:
+            return None, None
+        batch, heads = b.size(held.key, 0), int(b.shape(held.key)[1])
+        if known is None:
+            known = b.full([batch, heads, b.size(held.key, 2)], 1.0, torch.float32, query)
+        parts = [known, b.full([batch, heads, self._sizes["new",]], 1.0, torch.float32, query)]
+        weight = b.cat(parts if front is None else [front.weight, *parts], 2)
+        gone = b.compare("le", weight, 0.0)
+        return weight, b.where(gone, LOWEST, b.log(b.clamp_min(weight, 1e-6)))
+
+    def _evict(self, eviction: PlannedEviction, cut: CacheCut, stored_key: Any, left: Left, always: int | None) -> Left:
+        """Let the pieces of an eviction work; an entry in front is for the reducer alone."""
+        b = self.b
+        whole = replace(cut, key=stored_key)
+        if eviction.reduce.fronted:
+            cut = behind(cut, 1)
+        # A storage of fixed length has as many from the first call on.
+        cut.capacity = whole.capacity = _capacity(cut, eviction) if always is None else always
+        if eviction.score.once:
+            cut.decides = whole.decides = is_text(cut)
+        score = eviction.score.emit(cut)
+        retained = eviction.select.select(cut, score)
+        made = eviction.reduce.reduce(whole, retained)
+        states = {}
+        for name in eviction.score.states:
+            states[name] = b.call(torch.ops.tokcc.gather_slots.default, cut.left[name], retained.index)
+        if eviction.weighted:
+            weight = retained.weight if made.weight is None else made.weight
+            assert weight is not None, "a weighted piece gives no weight"
+            states[WEIGHT] = weight
+        return replace(left, key=made.key, value=made.value, states=states, index=retained.index, front=made.front)
 
 
-def _capacity(cut: CacheCut, eviction: Any) -> Any:
+def _capacity(cut: CacheCut, eviction: PlannedEviction) -> Any:
     """Slots that stay."""
     b = cut.b
     kept = eviction.select.capacity(cut, eviction.capacity)

@@ -275,7 +275,7 @@ class TestDocumentation:
         return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
     def test_own_loop(self, examples: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-        (code,) = (block for block in examples if "Generator" in block)
+        (code,) = (block for block in examples if "import Generator" in block)
         scope: dict[str, Any] = {}
         exec(code, scope)
         assert len(scope["rows"]) == 2
@@ -293,7 +293,10 @@ class TestStates:
     """What the engines carry beside keys and values, in a form that optimum carries too."""
 
     def test_names_begin_with_key(self) -> None:
-        assert all(name.startswith("key") for kind in _subclasses(CacheScore) for name in kind.states)
+        # A sum names those of its terms, see test_critic_kv.py.
+        states = [kind.states for kind in _subclasses(CacheScore) if isinstance(kind.states, tuple)]
+        assert len(states) > 5
+        assert all(name.startswith("key") for names in states for name in names)
 
     def test_order_and_width(self, folder: Path, tmp_path: Path) -> None:
         bundle = compiled(folder, tmp_path / "out", "keyformer")

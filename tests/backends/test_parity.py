@@ -68,6 +68,22 @@ def test_whole_numbers_are_equal_or_not(dtype: torch.dtype) -> None:
     assert one(want, got, tolerance=Tolerance(atol=5.0)).passed is False
 
 
+def test_of_the_codes_in_a_cache_a_few_may_differ() -> None:
+    want = torch.arange(200, dtype=torch.uint8)
+    for count, passed in ((4, True), (5, False)):
+        got = want.clone()
+        got[:count] += 16
+        (check,) = check_parity(
+            lambda _, got=got: {"present.0.key": got.numpy()},  # type: ignore[misc]
+            ["present.0.key"],
+            [{}],
+            [[want]],
+            Tolerance(),
+        )
+        assert (check.passed, check.max_abs_diff) == (passed, count / 200)
+        assert not one(want, got).passed
+
+
 def test_shapes_must_agree() -> None:
     check = one(torch.zeros(2, 3), torch.zeros(3, 2))
     assert not check.passed

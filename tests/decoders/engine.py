@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,18 @@ from tokcc.ir.verify import verify
 from tokcc.passes.cache.plan import CachePlan
 from tokcc.passes.cache.planning import make_cache_plan
 from tokcc.passes.cache.rebuild import RebuildCaches
+from tokcc.passes.cache.right_padding import RightPadding
 from tokcc.passes.methods import library
 
 __all__ = ["Engine", "assert_equals_alone", "build", "tokens"]
 
-CALLS = (9, 1, 1, 5, *[1] * 24)
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+    "tensor(int64)": np.int64,
+}
+CALLS = (9, 1, 1, 5, *[1] * 64)
 """A prompt, single tokens, a second piece of text, and a generation."""
 
 
@@ -45,15 +52,22 @@ class Engine:
         Returns:
             Logits ``[B, T, V]``, and the outputs of the last call by name.
         """
+        results = list(self.each(ids, mask, calls))
+        return np.concatenate([result["logits"] for result in results], 1), results[-1]
+
+    def each(self, ids: Tensor, mask: Tensor, calls: Sequence[int]) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """The same, with the outputs of every call by name."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         past = {}
         for item in self.session.get_inputs():
             if "past" in item.name:
-                _, heads, _, width = item.shape
+                _, heads, rows, width = item.shape
+                rows = rows if isinstance(rows, int) else 0  # fixed slots are there from the beginning
                 # Runtimes begin with states as wide as a head, see tokcc.backends.onnx.
-                past[item.name] = np.zeros((len(ids), heads, 0, width if isinstance(width, int) else 16), np.float32)
+                shape = (len(ids), heads, rows, width if isinstance(width, int) else 16)
+                past[item.name] = np.zeros(shape, _DTYPES[item.type])
         names = [item.name for item in self.session.get_outputs()]
-        logits, start, results = [], 0, {}
+        start = 0
         for length in calls:
             stop = start + length
             feeds = {
@@ -63,10 +77,9 @@ class Engine:
                 **past,
             }
             results = dict(zip(names, self.session.run(None, feeds), strict=True))
-            logits.append(results["logits"])
             past = {name: results[name.replace("past_key_values", "present")] for name in past}
             start = stop
-        return np.concatenate(logits, 1), results
+            yield results
 
 
 def build(family: str, policy: Mapping[str, Any] | str, folder: Path, opset: int = 18) -> Engine:
@@ -75,6 +88,9 @@ def build(family: str, policy: Mapping[str, Any] | str, folder: Path, opset: int
     plan = make_cache_plan(load_policy(policy, presets=library()), program, cache_sites(program))
     rebuilt = RebuildCaches(plan).run(program).program
     verify(rebuilt, "RebuildCaches")
+    if plan.fixed and plan.attention_mask is not None:
+        rebuilt = RightPadding(plan.attention_mask).run(rebuilt).program
+        verify(rebuilt, "RightPadding")
     path = folder / "model.onnx"
     save_onnx(build_onnx(rebuilt, opset=opset), path)
     options = ort.SessionOptions()
@@ -115,7 +131,8 @@ def assert_equals_alone(
         np.testing.assert_allclose(logits[row, count:], alone.logits.numpy(), rtol=0, atol=tolerance * scale)
         for layer, (keys, values) in enumerate(zip(alone.keys, alone.values, strict=True)):
             for name, wanted in (("key", keys), ("value", values)):
-                got = last[f"present.{layer}.{name}"][row]
+                # Of fixed slots the last ones are filled, and states may lie behind them.
+                got = last[f"present.{layer}.{name}"][row][:, : engine.plan.otherwise.always()]
                 np.testing.assert_allclose(
                     got[:, got.shape[1] - wanted.shape[1] :],
                     wanted.numpy(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-__all__ = ["Call", "Memory", "Rule", "Trace", "run_alone"]
+__all__ = ["Call", "Memory", "Merged", "Rule", "Trace", "run_alone"]
 
 
 class _Layer(CacheLayerMixin):
@@ -96,8 +96,30 @@ class Call:
         return self.probs.shape[1]
 
 
-Rule = Callable[[Call], Tensor | None]
+@dataclass(frozen=True)
+class Merged:
+    """What a rule leaves that changes entries.
+
+    Attributes:
+        keep: int64 ``[Hkv, K]``, ascending: the entries that the new ones take the place of.
+        key: ``[Hkv, K, D]``.
+        value: ``[Hkv, K, D]``.
+    """
+
+    keep: Tensor
+    key: Tensor
+    value: Tensor
+
+
+Rule = Callable[[Call], Tensor | Merged | None]
 """Returns the kept entries int64 ``[Hkv, K]``, ascending, or None to keep everything."""
+
+
+Holding = Callable[[int, int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Returns what is left of a layer's keys and values ``[Hkv, K, D]`` until the next call.
+
+Takes the number of the call, the layer, keys, values, and the true positions of the entries ``[Hkv, K]``.
+"""
 
 
 @dataclass
@@ -129,7 +151,13 @@ def turn(model: nn.Module, keys: Tensor, by: Tensor) -> Tensor:
 
 
 def run_alone(
-    model: nn.Module, ids: Tensor, lengths: Sequence[int], rule: Rule | None, *, slots: bool = False
+    model: nn.Module,
+    ids: Tensor,
+    lengths: Sequence[int],
+    rule: Rule | None,
+    *,
+    slots: bool = False,
+    holding: Holding | None = None,
 ) -> Trace:
     """Run one row of ids ``[T]`` in calls of the given lengths with eager attention.
 
@@ -139,6 +167,7 @@ def run_alone(
         lengths: New tokens of each call.
         rule: What to evict.
         slots: Positions are places in the cache: entries that move up are turned back. The keys returned are unturned.
+        holding: What becomes of entries that stay.
     """
     layers = model.config.num_hidden_layers
     cache = Cache(layers=[_Layer() for _ in range(layers)])
@@ -146,7 +175,7 @@ def run_alone(
     attentions = [m for m in model.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")]
     hooks = [m.register_forward_pre_hook(_OwnMask(cache), with_kwargs=True) for m in attentions]
     try:
-        return _run(model, ids, lengths, rule, cache, memories, slots=slots)
+        return _run(model, ids, lengths, rule, cache, memories, slots=slots, holding=holding)
     finally:
         for hook in hooks:
             hook.remove()
@@ -187,10 +216,11 @@ def _run(
     memories: list[Memory],
     *,
     slots: bool,
+    holding: Holding | None,
 ) -> Trace:
     layers = len(memories)
     logits, kept, start = [], [], 0
-    for length in lengths:
+    for number, length in enumerate(lengths):
         new = torch.arange(start, start + length)
         place = new if not slots else torch.arange(length) + cache.layers[0].get_seq_length()
         with torch.no_grad():
@@ -212,13 +242,19 @@ def _run(
                 call = Call(
                     index, layers, probs[0].float(), layer.keys[0], layer.values[0], memory.positions, start, memory
                 )
-                keep = rule(call)
-                if keep is not None:
+                left = rule(call)
+                if left is not None:
+                    keep = left.keep if isinstance(left, Merged) else left
                     rows = torch.arange(heads)[:, None]
                     layer.keys, layer.values = layer.keys[:, rows, keep], layer.values[:, rows, keep]
+                    if isinstance(left, Merged):
+                        layer.keys, layer.values = left.key[None], left.value[None]
                     memory.positions = memory.positions[rows, keep]
                     if slots:
                         layer.keys = turn(model, layer.keys, torch.arange(keep.shape[1]) - keep)
+            if holding is not None:
+                held = holding(number, index, layer.keys[0], layer.values[0], memory.positions)
+                layer.keys, layer.values = (x[None] for x in held)
             of_call.append(memory.positions)
         kept.append(of_call)
     if slots:

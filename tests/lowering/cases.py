@@ -627,6 +627,11 @@ def _tokens() -> list[Case]:
     def out_only(b: Any, q: Any, k: Any, v: Any) -> Any:
         return cached(b, q, k, v)[0]
 
+    def weighted(b: Any, q: Any, k: Any, v: Any, bias: Any) -> Any:
+        real = b.compare("ge", b.sum(b.slice(b.slice(v, 1, 0, 1), 3, 0, 1), 3), -1e4)
+        made = b.call(attend, b.slice(q, 2, 0, 3), k, v, b.squeeze(real, 1), 0, 0.3, 5.0, bias)
+        return tuple(b.call(operator.getitem, made, i) for i in range(2))
+
     index = Input(("B", 3), "index", "N")
     order, slot = Input(("B", "N"), "unique", "N"), Input(("B", 2), "index", 2)
     return [
@@ -635,6 +640,7 @@ def _tokens() -> list[Case]:
         Case("cached_attention-padded", functools.partial(cached, padded=True), (heads, grown, grown)),
         Case("cached_attention-window", functools.partial(cached, window=2), (heads, grown, grown)),
         Case("cached_attention-softcap", functools.partial(cached, softcap=5.0), (heads, grown, grown)),
+        Case("cached_attention-bias", weighted, (heads, grown, grown, Input(("B", 2, "N")))),
         Case(
             "gather_slots",
             of(ops.gather_slots.default),
@@ -647,6 +653,11 @@ def _tokens() -> list[Case]:
             "retain_slots-one",
             lambda b, x: b.call(ops.retain_slots.default, x, b.sub_sizes(b.size(x, 2), 1)),
             (Input(("B", 2, "N"), "index", 3),),
+        ),
+        Case(
+            "retain_slots-none",
+            lambda b, x: b.call(ops.retain_slots.default, b.slice(x, 2, b.size(x, 2), None), 0),
+            (Input(("B", 2, "N")),),
         ),
         Case(
             "retain_slots-all",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from torch import nn
 
 import tokcc
 from tests.decoders.tiny import model_of
+from tokcc.backends.generation import Generator
 from tokcc.backends.ort import Session
-from tokcc.errors import PlanError, PolicyError, UsageError
-from tokcc.pipeline import decoding
+from tokcc.errors import PlanError, PolicyError
+from tokcc.pipeline import decoder_speed
+from tokcc.pipeline.bundles import bench, verify
 from tokcc.report.summary import next_steps
 
 
@@ -31,7 +35,7 @@ def policy(**keys: Any) -> dict[str, Any]:
 
 
 def test_a_folder_becomes_a_bundle(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_CONTEXTS", (16, 40))
+    monkeypatch.setattr(decoder_speed, "CONTEXTS", (16, 40))
     bundle = tokcc.compile(folder, policy(tokens=12), output=tmp_path / "out")
     engine = onnx.load(bundle.engine("onnx"))
     assert [i.name for i in engine.graph.input][:5] == [
@@ -91,15 +95,9 @@ def test_refused_output_contracts(folder: Path, tmp_path: Path, outputs: dict[st
 
 
 def test_dry_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_CONTEXTS", (40,))
+    monkeypatch.setattr(decoder_speed, "CONTEXTS", (40,))
     plan = tokcc.compile(folder, policy(tokens=12), dry_run=True).to_dict()
     assert [(row["tokens_in"], row["tokens_out"]) for row in plan["layers"]] == [(40, 12)] * 3
-
-
-def test_calibration_data_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="calibration data of decoders"):
-        tokcc.compile(folder, policy(tokens=12), output=tmp_path / "out", calibration=["some text"])
-    assert not (tmp_path / "out").exists()
 
 
 def test_inspect(folder: Path) -> None:
@@ -135,9 +133,82 @@ def test_refused_plans(folder: Path, tmp_path: Path, keys: dict[str, Any], messa
     assert not (tmp_path / "out").exists()
 
 
-def test_fixed_slots(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="layout `slots`"):
-        tokcc.compile(folder, {**policy(tokens=12), "kv": {"layout": "slots"}}, output=tmp_path / "out")
+def slots(preset: str, **keys: Any) -> dict[str, Any]:
+    return {"version": 1, "name": "p", "steps": [{"preset": preset, "tokens": 12, **keys}], "kv": {"layout": "slots"}}
+
+
+def test_fixed_slots(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command takes them, and the loop generates what it does with the other layout."""
+    monkeypatch.setattr(decoder_speed, "CONTEXTS", (16, 40))
+    bundle = tokcc.compile(folder, slots("h2o"), output=tmp_path / "out", keep_baseline=True)
+    report = bundle.report
+    assert report.parity.passed
+    assert [(row.tokens_in, row.tokens_out) for row in report.layers] == [(40, 12)] * 3
+    # Two heads of 16 in fp32, keys and values; one row more holds the scores.
+    assert report.layers[0].kv_bytes_after == 13 * 2 * 2 * 16 * 4
+    assert [point.tokens for point in report.break_even] == [16, 40]
+    assert verify(bundle).passed
+    assert bench(bundle, runs=2).latency.speedup.median > 0
+    prompts = [list(range(3, 33)), [5, 9, 11]]
+    steps = Generator(bundle).stream(prompts, max_new_tokens=20, stop=())
+    made = list(steps)
+    assert steps.cache_bytes == 2 * 3 * 13 * 2 * 2 * 16 * 4
+    merged = tokcc.compile(folder, policy(tokens=12), output=tmp_path / "merged", calibrate=False)
+    assert list(Generator(merged).stream(prompts, max_new_tokens=20, stop=())) == made
+
+
+def test_the_configuration_for_genai(tmp_path: Path) -> None:
+    """Several tokens end a text, one of them beyond the vocabulary, and no token is for padding."""
+    model = copy.deepcopy(model_of("llama", "sdpa"))
+    model.config.eos_token_id = model.generation_config.eos_token_id = [2, 5, 97]
+    model.config.pad_token_id = model.generation_config.pad_token_id = None
+    model.save_pretrained(tmp_path / "m")
+    bundle = tokcc.compile(tmp_path / "m", slots("h2o"), output=tmp_path / "out", calibrate=False)
+    content = json.loads((bundle.path / "genai_config.json").read_text())
+    assert content["search"] == {
+        "max_length": 512,
+        "do_sample": False,
+        "num_beams": 1,
+        "past_present_share_buffer": True,
+    }
+    decoder = content["model"].pop("decoder")
+    assert content["model"] == {
+        "type": "decoder",
+        "vocab_size": 97,
+        "context_length": 512,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 5],
+        "pad_token_id": 2,
+    }
+    names = {item.name for item in onnx.load(bundle.engine("onnx")).graph.input}
+    assert set(decoder["inputs"].values()) - names == {"past_key_values.%d.key", "past_key_values.%d.value"}
+    assert decoder["filename"] == "model.onnx"
+    sizes = ("head_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
+    assert [decoder[name] for name in sizes] == [16, 64, 4, 3, 2]
+    assert "genai_config.json" in {Path(name).name for name in bundle.manifest.files}
+
+
+def test_texts_longer_than_the_positions(folder: Path, tmp_path: Path) -> None:
+    bundle = tokcc.compile(folder, slots("streaming-llm"), output=tmp_path / "out", calibrate=False)
+    content = json.loads((bundle.path / "genai_config.json").read_text())
+    assert content["model"]["context_length"] > content["search"]["max_length"] == 512
+
+
+def test_the_other_layout_has_no_configuration_for_genai(folder: Path, tmp_path: Path) -> None:
+    bundle = tokcc.compile(folder, policy(tokens=12), output=tmp_path / "out", calibrate=False)
+    assert not (bundle.path / "genai_config.json").exists()
+
+
+@pytest.mark.parametrize("preset", ["h2o", "tova"])
+def test_fixed_slots_of_half_precision(preset: str, folder: Path, tmp_path: Path) -> None:
+    """Scores need fp32; without any it works."""
+    options = {"output": tmp_path / "out", "calibrate": False, "dtype": "float16"}
+    if preset == "h2o":
+        with pytest.raises(PlanError, match="does not go into fixed slots"):
+            tokcc.compile(folder, slots(preset), **options)
+    else:
+        bundle = tokcc.compile(folder, slots(preset), **options)
+        assert len(Generator(bundle).generate([[5, 6, 7]], max_new_tokens=5, stop=())[0]) == 5
 
 
 def test_a_budget_of_nothing(folder: Path, tmp_path: Path) -> None:

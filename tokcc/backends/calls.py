@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -11,11 +12,16 @@ from tokcc.backends.parity import Tolerance, oracle
 from tokcc.errors import ParityError
 from tokcc.ir.program import Program
 
-__all__ = ["check_rebuilt", "decoder_calls", "next_past"]
+__all__ = ["check_rebuilt", "decoder_calls", "lengths_past", "next_past"]
 
 _PAST, _PRESENT = "past_key_values.", "present."
 LENGTHS = (12, 1, 1, 6, 1, 1, 1, 1)
 """A prompt, single tokens, a second piece of text, more single tokens."""
+
+
+def lengths_past(waits: int) -> tuple[int, ...]:
+    """Return new tokens of each call, the second piece of text longer by what waits to be held in another form."""
+    return (*LENGTHS[:3], LENGTHS[3] + waits, *LENGTHS[4:])
 
 
 def next_past(names: Sequence[str], outputs: Sequence[torch.Tensor]) -> Feeds:
@@ -117,5 +123,7 @@ def _empty(program: Program, batch: int) -> Feeds:
     for node in program.user_inputs:
         name, fake = program.public_name(node), node.meta.get("val")
         if name.startswith(_PAST) and isinstance(fake, torch.Tensor):
-            past[name] = torch.zeros(batch, fake.shape[1], 0, fake.shape[3], dtype=fake.dtype)
+            rows: Any = fake.shape[2]
+            rows = rows if isinstance(rows, int) else 0  # fixed slots are there from the beginning
+            past[name] = torch.zeros(batch, fake.shape[1], rows, fake.shape[3], dtype=fake.dtype)
     return past

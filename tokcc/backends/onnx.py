@@ -46,11 +46,12 @@ def _free_state_widths(model: ir.Model) -> None:
     """Let what a decoder carries beside keys and values come in any width.
 
     Runtimes take every ``past_key_values.*`` for a key or a value and begin with no slots as wide as a head; from the
-    second call on they feed back what the engine gave.
+    second call on they feed back what the engine gave. They know no cache of codes, whose steps are fp16.
     """
     for value in model.graph.inputs:
         name = value.name or ""
         state = name.startswith("past_key_values.") and not name.endswith((".key", ".value"))
+        state = state and value.dtype == ir.DataType.FLOAT
         if state and value.shape is not None and value.shape.rank() == 4 and value.shape[3] == 1:
             value.shape = ir.Shape([*value.shape[:3], "width"])
 

@@ -72,7 +72,7 @@ def bench(
     with out.running():
         from tokcc import pipeline
         from tokcc.backends.bundle import Bundle
-        from tokcc.cli.summary import latency_lines
+        from tokcc.cli.summary import context_table, latency_lines
 
         if against is not None and not against.is_file():
             raise UsageError(f"there is no engine `{against}`", needed="an ONNX file")
@@ -87,6 +87,8 @@ def bench(
         )
         out.data(measured.to_dict())
         out.show(*latency_lines(measured.latency))
+        if measured.decoding is not None:
+            out.show("", context_table(measured.decoding), *measured.notes)
         if measured.memory is not None:
             before, after = measured.memory.baseline_bytes, measured.memory.engine_bytes
             out.show(f"peak memory {before / 2**20:.0f} MiB -> {after / 2**20:.0f} MiB ({measured.memory.how})")

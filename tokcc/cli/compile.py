@@ -61,7 +61,12 @@ def compile_command(
         list[Backend] | None, typer.Option(help="An engine to write; repeatable. Default: onnx.")
     ] = None,
     calib: Annotated[
-        Path | None, typer.Option("--calib", metavar="PATH", help="Data to measure on: images, texts, or .npz files.")
+        Path | None,
+        typer.Option(
+            "--calib",
+            metavar="PATH",
+            help="Data to measure on: images, texts (decoders: a .txt or a folder of them), or .npz files.",
+        ),
     ] = None,
     inputs: Inputs = None,
     dynamic: Dynamic = None,

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from tokcc.report.schema import Fidelity, Latency, Parity
+from tokcc.report.contexts import context_rows
+from tokcc.report.summary import shapes_text
 
-__all__ = ["fidelity_table", "latency_lines", "parity_table"]
+if TYPE_CHECKING:
+    from tokcc.report.schema import Decoding, Fidelity, Latency, Parity
+
+__all__ = ["context_table", "fidelity_table", "latency_lines", "parity_table"]
 
 
 def parity_table(parity: Parity) -> Table:
@@ -36,6 +39,17 @@ def fidelity_table(fidelity: Fidelity) -> Table:
     return table
 
 
+def context_table(decoding: Decoding) -> Table:
+    """Return one row for each context at which a decoder was timed."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("context", "tokens/s", "speedup", "first token", "KV cache", "left", "by bytes moved"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in context_rows(decoding):
+        pairs = [" -> ".join(pair) for pair in (row.speed, row.first_token, row.cache)]
+        table.add_row(row.context, pairs[0], row.speedup, *pairs[1:], row.left, row.bound)
+    return table
+
+
 def latency_lines(latency: Latency) -> Iterable[str]:
     """Yield times, throughput and the ratio with its spread."""
     for name, timing in (("baseline", latency.baseline), ("engine", latency.engine)):
@@ -45,6 +59,6 @@ def latency_lines(latency: Latency) -> Iterable[str]:
         yield line
     spread = latency.speedup
     yield f"{'speedup':<10}{spread.median:9.2f}x     (p10 {spread.p10:.2f}, p90 {spread.p90:.2f})"
-    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in latency.shapes.items())
+    shapes = shapes_text(latency.shapes)
     order = "interleaved" if latency.interleaved else "one after the other"
     yield f"{latency.runs} runs each, {order}; {latency.runtime}, threads {latency.threads or 'default'}; {shapes}"

@@ -25,7 +25,7 @@ __all__ = [
     "find_conflict",
 ]
 
-NodeKind = Literal["prune", "merge", "sparse_attention", "evict_kv"]
+NodeKind = Literal["prune", "merge", "sparse_attention", "evict_kv", "store_kv"]
 
 _AMOUNTS = ("keep", "tokens", "remove", "stride", "schedule", "total_remove", "kv", "flops")
 # Without a model, two steps are said to contradict only if they do at every depth up to this one.
@@ -193,6 +193,8 @@ class Step(Strict):
     Attributes:
         name: The preset's name or the node kind, for messages.
         preset: The preset this step came from, if any.
+        heads: For caches: the key heads that the step is for; all by default.
+        store: For caches: how entries are held between calls.
     """
 
     name: str
@@ -202,6 +204,8 @@ class Step(Strict):
     score: PieceSpec | None = None
     select: PieceSpec | None = None
     reduce: PieceSpec | None = None
+    heads: PieceSpec | None = None
+    store: PieceSpec | None = None
     budget: Budget
     protect: Protect = Protect()
     positions: Literal["keep", "compact"] = "keep"
@@ -211,9 +215,11 @@ class Step(Strict):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and "name" not in data and isinstance(data.get("node"), str):
-            return {"name": data["node"], **data}
-        return data
+        if not isinstance(data, Mapping) or not isinstance(data.get("node"), str):
+            return data
+        # Storing keeps every entry.
+        whole_cache = {"budget": {"keep": 1.0}} if data["node"] == "store_kv" else {}
+        return {"name": data["node"], **whole_cache, **data}
 
     @model_validator(mode="after")
     def _schedule_fits_layers(self) -> Step:
@@ -297,7 +303,8 @@ def find_conflict(steps: Sequence[Step], num_layers: int | None = None) -> tuple
     for later, step in enumerate(steps):
         for earlier in range(later):
             other = steps[earlier]
-            same_place = (step.node, step.at.site, step.protect) == (other.node, other.at.site, other.protect)
+            same_place = all(getattr(step, k) == getattr(other, k) for k in ("node", "heads", "protect"))
+            same_place = same_place and step.at.site == other.at.site
             if same_place and step.budget != other.budget and _meet(other.at, step.at, num_layers):
                 return earlier, later
     return None

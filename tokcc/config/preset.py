@@ -15,7 +15,19 @@ from tokcc.config.policy import Step
 __all__ = ["MERGED_KEYS", "OVERRIDES", "ExpandedStep", "ParamSpec", "Preset"]
 
 # Long-form keys that may stand beside `preset:`. The merged ones keep what the override does not mention.
-OVERRIDES = ("at", "score", "select", "reduce", "budget", "protect", "positions", "restore", "seed")
+OVERRIDES = (
+    "at",
+    "score",
+    "select",
+    "reduce",
+    "heads",
+    "store",
+    "budget",
+    "protect",
+    "positions",
+    "restore",
+    "seed",
+)
 MERGED_KEYS = ("at", "protect")
 
 Path = tuple[str | int, ...]

@@ -3,15 +3,18 @@
 from tokcc.pipeline.bundles import Measured, bench, calibrate, rebuild_report, verify
 from tokcc.pipeline.compiling import DryRun, compile, reduce
 from tokcc.pipeline.inspection import Inspection, inspect
+from tokcc.pipeline.profiling import HeadProfile, profile
 
 __all__ = [
     "DryRun",
+    "HeadProfile",
     "Inspection",
     "Measured",
     "bench",
     "calibrate",
     "compile",
     "inspect",
+    "profile",
     "rebuild_report",
     "reduce",
     "verify",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,19 @@ from tokcc.backends.ort import Session
 from tokcc.backends.parity import Tolerance, check_parity
 from tokcc.backends.reference import load_reference
 from tokcc.errors import UsageError
+from tokcc.pipeline.decoder_speed import Limits
+from tokcc.pipeline.decoding import read_text, with_generated
+from tokcc.pipeline.generating import Pair
 from tokcc.pipeline.measuring import fidelity_of, latency_of, parity_checks
+from tokcc.pipeline.reading import positions_beside
 from tokcc.pipeline.stages import Stages
 from tokcc.progress import Progress, silent
 from tokcc.report.batches import InputSpec
 from tokcc.report.data import load_calibration
-from tokcc.report.gates import evaluate_gates, parse_gates
+from tokcc.report.gates import Gate, evaluate_gates, parse_gates
 from tokcc.report.machine import describe_machine
 from tokcc.report.measure import measure
-from tokcc.report.schema import Latency, Parity, PeakMemory, Totals
+from tokcc.report.schema import Decoding, Latency, Parity, PeakMemory, Totals
 from tokcc.report.write import write_report
 
 __all__ = ["Measured", "bench", "calibrate", "rebuild_report", "verify"]
@@ -36,11 +41,16 @@ class Measured:
 
     latency: Latency
     memory: PeakMemory | None = None
+    decoding: Decoding | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
         memory = None if self.memory is None else self.memory.model_dump(mode="json")
-        return {"latency": self.latency.model_dump(mode="json"), "memory": memory}
+        found: dict[str, Any] = {"latency": self.latency.model_dump(mode="json"), "memory": memory}
+        if self.decoding is not None:
+            found |= {"decoding": self.decoding.model_dump(mode="json"), "notes": list(self.notes)}
+        return found
 
 
 def verify(
@@ -90,6 +100,15 @@ def _timing_feeds(bundle: Bundle, batch: int | None) -> dict[str, Array]:
     return result
 
 
+def _is_decoder(bundle: Bundle) -> bool:
+    return any(contract.name.startswith("past_key_values.") for contract in bundle.manifest.inputs)
+
+
+def _pair(bundle: Bundle, baseline: Path, *, threads: int, seed: int, batch: int | None = None) -> Pair:
+    engine = bundle.engine("onnx")
+    return Pair(baseline, engine, positions=positions_beside(engine), batch=batch, threads=threads, seed=seed)
+
+
 def bench(
     bundle: Bundle,
     *,
@@ -100,7 +119,7 @@ def bench(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Measured:
-    """Time the engine against its baseline (or another ONNX file), taking turns.
+    """Time the engine against its baseline (or another ONNX file), taking turns; decoders at several contexts.
 
     Raises:
         UsageError: There is nothing to compare with.
@@ -113,6 +132,10 @@ def bench(
             needed="baseline.onnx in the bundle, or --against ENGINE",
             help="compile with --keep-baseline",
         )
+    if _is_decoder(bundle):
+        pair = _pair(bundle, other, threads=threads, seed=seed, batch=batch)
+        found = pair.measure(stages, text=None, limits=Limits(runs=runs), whole=False)
+        return Measured(latency_of(found.timed, found.feeds, threads), None, found.decoding, found.notes)
     feeds = _timing_feeds(bundle, batch)
     one, two = Session(other, threads=threads), Session(bundle.engine("onnx"), threads=threads)
     missing = [name for name in one.inputs if name not in feeds]
@@ -155,6 +178,9 @@ def calibrate(
             help="compile with --keep-baseline, or give the data to `tokcc compile --calib`",
         )
     report = bundle.report
+    if _is_decoder(bundle):
+        return _calibrate_decoder(bundle, data, wanted, _pair(bundle, baseline, threads=threads, seed=seed), threads,
+                                  preprocessor, stages)  # fmt: skip
     specs = [InputSpec(c.name, c.dtype, c.shape) for c in bundle.manifest.inputs]
     with stages.stage("read the calibration data"):
         loaded = load_calibration(data, specs, preprocessor=preprocessor, seed=seed)
@@ -185,6 +211,26 @@ def calibrate(
     report = report.model_copy(update={"gates": tuple(evaluate_gates(report, wanted))})
     with BundleWriter(bundle.path, force=True, base=bundle) as writer:
         report = write_report(report, writer.path, images=loaded.images, texts=loaded.texts, bundle=str(bundle.path))
+        return writer.commit(bundle.manifest.model_copy(update={"state": report.state}))
+
+
+def _calibrate_decoder(
+    bundle: Bundle,
+    data: Any,
+    gates: Sequence[Gate],
+    pair: Pair,
+    threads: int,
+    preprocessor: Path | None,
+    stages: Stages,
+) -> Bundle:
+    with stages.stage("read the calibration data"):
+        text = read_text(data, bundle.path if preprocessor is None else preprocessor)
+    found = pair.measure(stages, text=text, limits=Limits())
+    report = bundle.report.model_copy(update={"machine": describe_machine(threads), "notes": (), "warnings": ()})
+    report = with_generated(report, found, threads)
+    report = report.model_copy(update={"gates": tuple(evaluate_gates(report, gates))})
+    with BundleWriter(bundle.path, force=True, base=bundle) as writer:
+        report = write_report(report, writer.path, bundle=str(bundle.path))
         return writer.commit(bundle.manifest.model_copy(update={"state": report.state}))
 
 

@@ -15,8 +15,10 @@ from torch.export import ExportedProgram
 
 import tokcc
 from tokcc.backends.bundle import BackendEntry, BundleWriter, Manifest, TensorContract
-from tokcc.backends.calls import check_rebuilt, decoder_calls
+from tokcc.backends.calls import check_rebuilt, decoder_calls, lengths_past
 from tokcc.backends.feeds import Feeds, example_feeds, make_feeds
+from tokcc.backends.genai_config import save_genai_config
+from tokcc.backends.generation.decoder import TOKEN_BYTES
 from tokcc.backends.onnx import build_onnx, save_onnx
 from tokcc.backends.ort import Session
 from tokcc.backends.parity import Check, Tolerance, check_parity, oracle, refuse_difference
@@ -28,7 +30,7 @@ from tokcc.config import LoadedPolicy, Policy, load_policy
 from tokcc.errors import LoweringError, OutputError, UsageError
 from tokcc.ir.program import Program
 from tokcc.passes.methods import library
-from tokcc.pipeline.decoding import cache_facts, measure_decoder
+from tokcc.pipeline.decoding import cache_facts, measure_decoder, read_text
 from tokcc.pipeline.measuring import Measurement, facts, measure_engine
 from tokcc.pipeline.reducing import Reduced, reduce_program
 from tokcc.pipeline.request import ModelRequest
@@ -36,6 +38,7 @@ from tokcc.pipeline.stages import Stages
 from tokcc.progress import Progress, silent
 from tokcc.report.gates import evaluate_gates, parse_gates
 from tokcc.report.schema import Report
+from tokcc.report.tokens import TokenText
 from tokcc.report.write import write_report
 
 __all__ = ["DryRun", "compile", "reduce"]
@@ -136,18 +139,18 @@ def compile(
     with BundleWriter(output, force=force) as writer:
         loaded, program = request.open(stages)
         reduced = reduce_program(program, chosen, stages, slicing=slicing)
-        if reduced.caches is not None and calibration is not None:
-            raise UsageError(
-                "calibration data of decoders is not read in this version of tokcc",
-                help="leave it out: steps of a generation are timed without; benchmarks/perplexity.py measures text",
-            )
+        remarks = save_runtime_files(loaded, writer.path)
+        text: TokenText | None = None
+        if reduced.caches is not None and calibrate and calibration is not None:
+            with stages.stage("read the calibration data"):
+                text = read_text(calibration, writer.path, plan=reduced.caches)
         feeds, expected = _reference(program, reduced, _examples(program, loaded), seed, stages)
         engine, checks = _emit(writer, reduced, chosen, backends, opset, feeds, expected, Tolerance(atol, rtol), stages)
         measurement = Measurement(seed=seed, threads=threads)
         report = facts(loaded, chosen, reduced, checks, feeds, stages, threads=threads)
-        if reduced.caches is not None:
-            report = cache_facts(report, reduced)
-        report = report.model_copy(update={"notes": (*report.notes, *save_runtime_files(loaded, writer.path))})
+        if reduced.caches is not None and reduced.caches.fixed and engine is not None:
+            remarks += save_genai_config(loaded, reduced.sliced, engine.name, writer.path)
+        report = report.model_copy(update={"notes": (*report.notes, *remarks)})
         if engine is not None:
             baseline = _baseline(writer, reduced, opset, stages, keep_baseline, needed=calibrate)
             if calibrate and baseline is not None:
@@ -156,11 +159,14 @@ def compile(
                         report, reduced, loaded, engine, baseline, feeds, calibration, measurement, stages
                     )
                 else:
-                    measurement = measure_decoder(report, reduced, engine, baseline, measurement, stages)
-                report = measurement.report or report
+                    measurement = measure_decoder(report, reduced, loaded, engine, baseline, text, measurement, stages)
             if baseline is not None and not keep_baseline:
                 baseline.unlink(missing_ok=True)
                 baseline.with_name(baseline.name + ".data").unlink(missing_ok=True)
+        if measurement.report is not None:
+            report = measurement.report
+        elif reduced.caches is not None:
+            report = cache_facts(report, reduced, loaded)
         report = report.model_copy(update={"stages": dict(stages.seconds)})
         report = report.model_copy(update={"gates": tuple(evaluate_gates(report, wanted))})
         with stages.stage("write the report"):
@@ -220,7 +226,7 @@ def _dry_run(request: ModelRequest, policy: LoadedPolicy, stages: Stages) -> Dry
     reduced = reduce_program(program, policy, stages)
     report = facts(loaded, policy, reduced, {}, [_examples(program, loaded)], stages, threads=0)
     if reduced.caches is not None:
-        report = cache_facts(report, reduced)
+        report = cache_facts(report, reduced, loaded)
     layers = [
         row.model_dump(include={"layer", "site", "step", "tokens_in", "tokens_out"})
         for row in report.layers
@@ -263,6 +269,8 @@ def _emit(
             with stages.stage("lower to ONNX"):
                 engine = writer.path / "model.onnx"
                 metadata = {"tokcc.version": tokcc.__version__, "tokcc.policy": lock}
+                if reduced.caches is not None:
+                    metadata[TOKEN_BYTES] = str(reduced.caches.token_bytes)
                 save_onnx(build_onnx(reduced.sliced, opset=opset, metadata=metadata), engine)
         with stages.stage("parity", len(feeds)) as advance:
             if engine is not None:
@@ -290,7 +298,8 @@ def _reference(
             feeds = make_feeds(program, example, seed=seed)
             return feeds, [reference(feed) for feed in feeds]
         check_rebuilt(program, reduced.original, example)
-        return decoder_calls(reduced.program, example, reference, seed=seed)
+        lengths = lengths_past(reduced.caches.waits)
+        return decoder_calls(reduced.program, example, reference, seed=seed, lengths=lengths)
 
 
 def _lock(policy: LoadedPolicy, reduced: Reduced) -> dict[str, Any]:

@@ -1,181 +1,204 @@
-"""Filling the report of a decoder: what its caches hold, and how fast it generates at several lengths."""
+"""Filling the report of a decoder: what its caches hold, how fast it generates, and what that costs on a text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokcc.analysis.ledger import node_flops
-from tokcc.backends.feeds import Feeds
-from tokcc.backends.ort import Session
+from tokcc.backends.generation.text import Tokenizer
 from tokcc.backends.parity import oracle
+from tokcc.backends.runtime_files import TOKENIZER_FILES
+from tokcc.capture.loaded import Loaded
+from tokcc.errors import UsageError
 from tokcc.ir.program import Program
+from tokcc.passes.cache.plan import CachePlan
+from tokcc.pipeline.decoder_quality import LONGEST, SHORTEST, refuse_single_rows
+from tokcc.pipeline.decoder_speed import Limits, reached
+from tokcc.pipeline.generating import Generated, Pair
 from tokcc.pipeline.measuring import Measurement, latency_of
+from tokcc.pipeline.reading import model_positions
 from tokcc.pipeline.reducing import Reduced
 from tokcc.pipeline.stages import Stages
-from tokcc.report.measure import measure
-from tokcc.report.schema import BreakEvenPoint, LayerRow, Report, Totals
+from tokcc.report.schema import LayerRow, Report, Totals
+from tokcc.report.tokens import TokenText, load_tokens
 
-__all__ = ["cache_facts", "measure_decoder"]
+__all__ = ["cache_facts", "measure_decoder", "read_text", "with_generated"]
 
 Array = npt.NDArray[Any]
-Sizes = dict[str, tuple[int, ...]]
-Run = Callable[[Feeds], list[torch.Tensor]]
-aten = torch.ops.aten
-_CONTEXTS = (512, 1024, 2048, 4096)
+Feeds = Mapping[str, Array]
 _PAST, _PRESENT = "past_key_values.", "present."
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One step of a generation.
+def read_text(data: Any, folder: Path, *, plan: CachePlan | None = None) -> TokenText:
+    """Read the calibration text of a decoder.
 
-    Attributes:
-        context: Tokens before it.
-        feeds: Inputs.
+    Args:
+        data: A path, texts, or token ids.
+        folder: Where the tokenizer's files are; they are only read for text.
+        plan: What is compiled, if it is.
+
+    Raises:
+        UsageError: There is no tokenizer, the data does not fit, or the engine could not be measured on it.
     """
+    if plan is not None and plan.last_token_outputs:
+        raise refuse_single_rows()
 
-    context: int
-    feeds: dict[str, Array]
+    def encode(text: str) -> Sequence[int]:
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise UsageError(
+                "calibration with text needs the model's tokenizer, and none came with the model",
+                help="compile from a folder that has one, or give token ids in an .npz (`input_ids`) or .npy",
+            )
+        return Tokenizer(folder).encode(text)
 
-    @property
-    def shapes(self) -> Sizes:
-        """Shapes of the inputs."""
-        return {name: tuple(value.shape) for name, value in self.feeds.items()}
+    return load_tokens(data, encode, shortest=SHORTEST, longest=LONGEST)
 
 
-def cache_facts(report: Report, reduced: Reduced) -> Report:
-    """Add what each layer's cache holds at the longest context that is looked at, and the FLOPs of a step there."""
+def cache_facts(report: Report, reduced: Reduced, loaded: Loaded) -> Report:
+    """Add what each layer's cache will hold at the longest context, and the FLOPs of a step there: nothing is run."""
+    context = reached(model_positions(loaded, reduced.original))[-1]
+    return _with_layers(
+        report, reduced, _planned(reduced.original, context), _planned(reduced.program, context), context
+    )
+
+
+def measure_decoder(
+    report: Report,
+    reduced: Reduced,
+    loaded: Loaded,
+    engine: Path,
+    baseline: Path,
+    text: TokenText | None,
+    how: Measurement,
+    stages: Stages,
+) -> Measurement:
+    """Let engine and whole cache read the same tokens, and say what each costs.
+
+    Args:
+        report: The facts.
+        reduced: The programs.
+        loaded: The model.
+        engine: The engine.
+        baseline: The engine that keeps everything.
+        text: The calibration text, or None.
+        how: Seed, threads, budget.
+        stages: Progress.
+    """
+    positions = model_positions(loaded, reduced.original)
+    try:
+        pair = Pair(baseline, engine, positions=positions, threads=how.threads, seed=how.seed)
+    except UsageError as error:
+        if text is not None:
+            raise
+        report = cache_facts(report, reduced, loaded)
+        note = f"nothing was measured: {error.what}"
+        return replace(how, report=report.model_copy(update={"notes": (*report.notes, note)}))
+    found = pair.measure(stages, text=text, limits=Limits(steps_s=how.budget_s))
+    growth = found.growth
+    before = {**found.feeds, **growth.before}
+    for name in found.feeds:
+        if name.startswith(_PAST) and name not in growth.before:
+            del before[name]
+    report = _with_layers(report, reduced, before, found.feeds, growth.context)
+    return replace(how, report=with_generated(report, found, how.threads))
+
+
+def with_generated(report: Report, found: Generated, threads: int) -> Report:
+    """Add what was measured."""
+    latency = latency_of(found.timed, found.feeds, threads)
+    known = report.totals
+    # FLOPs are those of the context that the layer table is about.
+    same = known.shapes.get("attention_mask") == latency.shapes["attention_mask"]
+    totals = Totals.of(known.flops_before, known.flops_after, latency=latency if same else None, shapes=known.shapes)
+    acts = any(row.step for row in report.layers)
+    warnings = found.quality.warnings if found.quality and acts else ()
+    return report.model_copy(
+        update={
+            "latency": latency,
+            "totals": totals,
+            "break_even": found.break_even,
+            "decoding": found.decoding,
+            "fidelity": found.quality.fidelity if found.quality else report.fidelity,
+            "notes": tuple(dict.fromkeys((*report.notes, *found.notes))),
+            "warnings": (*report.warnings, *warnings),
+        }
+    )
+
+
+def _with_layers(report: Report, reduced: Reduced, before: Feeds, after: Feeds, context: int) -> Report:
+    """Add what the caches hold that a step after a context is given, and its FLOPs."""
     assert reduced.caches is not None
-    context = _contexts(reduced.program)[-1]
-    before = _step(reduced.original, oracle(reduced.original), context)
-    after = _step(reduced.program, oracle(reduced.program), context)
-    rows = []
     plan = reduced.caches
-    flops = [
-        _attention_flops(program, step.shapes)
-        for program, step in ((reduced.original, before), (reduced.program, after))
-    ]
+    steps = (reduced.original, before, plan.without_changes()), (reduced.program, after, plan)
+    flops = [_attention_flops(program, _shapes(feeds), of) for program, feeds, of in steps]
+    slots = [_slots(feeds, of) for _, feeds, of in steps]
+    rows = []
     for site in plan.sites:
-        eviction = plan.evictions.get(site.layer)
-        sizes = [_layer_bytes(step.feeds, site.layer) for step in (before, after)]
-        slots = [step.feeds[f"{_PAST}{site.layer}.key"].shape[2] for step in (before, after)]
+        layer = site.layer
+        names = sorted({part.name for part in plan.parts if part.layer == layer})
+        sizes = [_layer_bytes(feeds, layer) for feeds in (before, after)]
         rows.append(
             LayerRow(
-                layer=site.layer,
-                site="cache" if eviction else "",
-                step=eviction.name if eviction else "",
-                tokens_in=slots[0],
-                tokens_out=slots[1],
-                flops_before=flops[0][site.layer],
-                flops_after=flops[1][site.layer],
+                layer=layer,
+                site="cache" if names else "",
+                step=", ".join(names),
+                tokens_in=slots[0][layer],
+                tokens_out=slots[0][layer] if slots[1][layer] is None else slots[1][layer],
+                flops_before=flops[0][layer],
+                flops_after=flops[1][layer],
                 bytes_before=sizes[0],
                 bytes_after=sizes[1],
                 kv_bytes_before=sizes[0],
                 kv_bytes_after=sizes[1],
             )
         )
-    total = [
-        _total_flops(program, step.shapes) for program, step in ((reduced.original, before), (reduced.program, after))
-    ]
-    held = [sum(getattr(row, name) or 0 for row in rows) for name in ("kv_bytes_before", "kv_bytes_after")]
-    notes = (
-        f"per layer: slots and bytes of the cache, and FLOPs of the attention over it, one token after {context}",
-        f"after {context} tokens the caches hold {held[1] / 1e6:.1f} MB a sequence, whole ones {held[0] / 1e6:.1f} MB",
-    )
+    total = [_total_flops(program, _shapes(feeds)) for program, feeds, _ in steps]
+    note = f"per layer: slots and bytes of the cache, and FLOPs of the attention over it, one token after {context}"
     return report.model_copy(
         update={
             "layers": tuple(rows),
-            "totals": Totals.of(total[0], total[1], shapes=after.shapes),
-            "notes": (*report.notes, *notes),
+            "totals": Totals.of(total[0], total[1], shapes=_shapes(after)),
+            "notes": (*report.notes, note),
             "warnings": (*report.warnings, *plan.warnings),
             "model": report.model.model_copy(update={"blocks": len(plan.sites)}),
         }
     )
 
 
-def measure_decoder(
-    report: Report, reduced: Reduced, engine: Path, baseline: Path, how: Measurement, stages: Stages
-) -> Measurement:
-    """Time single steps of a generation at several lengths, engine and whole cache in turns.
-
-    Args:
-        report: The facts.
-        reduced: The programs.
-        engine: The engine.
-        baseline: The engine that keeps everything.
-        how: Seed, threads, budget.
-        stages: Progress.
-    """
-    one, two = Session(baseline, threads=how.threads), Session(engine, threads=how.threads)
-    points: list[BreakEvenPoint] = []
-    contexts = _contexts(reduced.program)
-    latency = None
-    whole, reference = oracle(reduced.original), oracle(reduced.program)
-    with stages.stage("measure decoding", len(contexts)) as advance:
-        for context in contexts:
-            before = _step(reduced.original, whole, context)
-            after = _step(reduced.program, reference, context)
-            timed = measure(
-                {"baseline": lambda a=before: one.run(a.feeds), "engine": lambda b=after: two.run(b.feeds)},  # type: ignore[misc]
-                budget_s=how.budget_s / len(contexts),
-                seed=how.seed,
-            )
-            latency = latency_of(timed, after.feeds, how.threads)
-            points.append(
-                BreakEvenPoint(
-                    shapes=after.shapes,
-                    label=f"one token after {context}",
-                    tokens=context,
-                    ratio=latency.speedup,
-                    runs=latency.runs,
-                )
-            )
-            advance(1)
-    known = report.totals  # of the longest context, which was timed last
-    totals = Totals.of(known.flops_before, known.flops_after, latency=latency, shapes=known.shapes)
-    report = report.model_copy(update={"latency": latency, "totals": totals, "break_even": tuple(points)})
-    return replace(how, report=report)
-
-
-def _contexts(program: Program) -> tuple[int, ...]:
-    """Return the lengths to look at: none longer than the model's table of positions."""
-    limit = _positions(program)
-    return tuple(c for c in _CONTEXTS if limit is None or c < limit) or (max((limit or 2) - 1, 1),)
-
-
-def _positions(program: Program) -> int | None:
-    """Return how many learned positions there are, or None."""
-    for node in program.user_inputs:
-        if "position" not in node.name:
+def _slots(feeds: Feeds, plan: CachePlan) -> list[int | None]:
+    """Return the entries that a head of each layer holds on average; None where a storage holds all in its own way."""
+    found: list[int | None] = []
+    for site in plan.sites:
+        planned = plan.storages.get(site.layer)
+        groups = plan.groups(site.layer)
+        if planned is not None and not planned.storage.evicts:
+            found.append(None)
             continue
-        for user in node.users:
-            table = user.args[0] if user.args else None
-            if user.target is aten.embedding.default and hasattr(table, "meta"):
-                return int(table.meta["val"].shape[0])  # type: ignore[union-attr]  # a node
-    return None
+        held = [len(g.heads) * (g.storage.always() or feeds[g.name("key")].shape[2]) for g in groups]
+        found.append(round(sum(held) / sum(len(g.heads) for g in groups)))
+    return found
 
 
-def _step(program: Program, run: Run, context: int) -> _Step:
+def _planned(program: Program, context: int) -> dict[str, Array]:
     """Return the inputs of a single token after a context: caches as long as the program leaves them."""
-    rng = np.random.default_rng(0)
-    lengths = _lengths(program, run, context)
+    lengths = _lengths(program, context)
     feeds: dict[str, Array] = {}
     for node in program.user_inputs:
         name, fake = program.public_name(node), node.meta["val"]
         if name.startswith(_PAST):
             shape = (1, int(fake.shape[1]), lengths[name], int(fake.shape[3]))
-            feeds[name] = rng.standard_normal(shape).astype(np.float32) * np.float32(0.1)
+            feeds[name] = np.zeros(shape, str(fake.dtype).removeprefix("torch."))
         else:
             feeds[name] = _plain(name, context, 1)
-        feeds[name] = feeds[name].astype(str(fake.dtype).removeprefix("torch."))
-    return _Step(context, feeds)
+    return feeds
 
 
 def _plain(name: str, context: int, new: int) -> Array:
@@ -186,18 +209,20 @@ def _plain(name: str, context: int, new: int) -> Array:
     return np.ones((1, new), np.int64)
 
 
-def _lengths(program: Program, run: Run, context: int) -> dict[str, int]:
-    """Return how long each cache is after a context: from the program itself, run with a whole cache and two tokens."""
-    new = 2
-    feeds: dict[str, torch.Tensor] = {}
-    for node in program.user_inputs:
-        name, fake = program.public_name(node), node.meta["val"]
-        if name.startswith(_PAST):
-            shape = (1, fake.shape[1], context - new, fake.shape[3])
+def _lengths(program: Program, context: int) -> dict[str, int]:
+    """Return how long each tensor of a cache is after a prompt as long as the context: from a run without numbers."""
+    run = oracle(program)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        feeds: dict[str, torch.Tensor] = {}
+        for node in program.user_inputs:
+            name, fake = program.public_name(node), node.meta["val"]
+            if name.startswith(_PAST):
+                rows = fake.shape[2] if isinstance(fake.shape[2], int) else 0
+                shape: tuple[int, ...] = (1, int(fake.shape[1]), rows, int(fake.shape[3]))
+            else:
+                shape = _plain(name, 0, context).shape
             feeds[name] = torch.zeros(shape, dtype=fake.dtype)
-        else:
-            feeds[name] = torch.from_numpy(_plain(name, context - new, new)).to(fake.dtype)
-    outputs = run(feeds)
+        outputs = run(feeds)
     return {
         name.replace(_PRESENT, _PAST): int(value.shape[2])
         for name, value in zip(program.output_names, outputs, strict=True)
@@ -205,15 +230,21 @@ def _lengths(program: Program, run: Run, context: int) -> dict[str, int]:
     }
 
 
-def _layer_bytes(feeds: Mapping[str, Array], layer: int) -> int:
+def _shapes(feeds: Feeds) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in feeds.items()}
+
+
+def _layer_bytes(feeds: Feeds, layer: int) -> int:
     prefix = f"{_PAST}{layer}."
     return sum(value.nbytes for name, value in feeds.items() if name.startswith(prefix))
 
 
-def _attention_flops(program: Program, shapes: Mapping[str, Sequence[int]]) -> list[int]:
+def _attention_flops(program: Program, shapes: Mapping[str, Sequence[int]], plan: CachePlan) -> list[int]:
+    """Return the FLOPs of the attention of each layer: one node for each of its caches."""
     bindings = program.bindings(shapes)
     op = torch.ops.tokcc.cached_attention.default
-    return [node_flops(node, bindings) for node in program.graph.nodes if node.target is op]
+    each = iter([node_flops(node, bindings) for node in program.graph.nodes if node.target is op])
+    return [sum(next(each) for _ in plan.groups(site.layer)) for site in plan.sites]
 
 
 def _total_flops(program: Program, shapes: Mapping[str, Sequence[int]]) -> int:

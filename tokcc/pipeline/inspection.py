@@ -110,7 +110,7 @@ class Inspection:
     def _layers(self, policy: LoadedPolicy) -> list[int]:
         """Return the layers at which a policy does something."""
         if self.sites is None:
-            return sorted(make_cache_plan(policy, self.program, self.caches).evictions)
+            return sorted({part.layer for part in make_cache_plan(policy, self.program, self.caches).parts})
         return [reduction.layer for reduction in make_plan(policy, self.sites).reductions]
 
 

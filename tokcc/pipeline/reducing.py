@@ -15,6 +15,7 @@ from tokcc.passes.cache.head import LastTokenHead
 from tokcc.passes.cache.plan import CachePlan
 from tokcc.passes.cache.planning import make_cache_plan
 from tokcc.passes.cache.rebuild import RebuildCaches
+from tokcc.passes.cache.right_padding import RightPadding
 from tokcc.passes.plan import Plan, make_plan
 from tokcc.passes.propagate import Propagate
 from tokcc.passes.slice_demand import SliceDemand
@@ -92,13 +93,16 @@ def _reduce_decoder(program: Program, policy: LoadedPolicy, caches: tuple[CacheS
     with stages.stage("plan"):
         plan = make_cache_plan(policy, program, caches)
     with stages.stage("insert and propagate"):
-        full = RebuildCaches(plan.without_evictions()).run(program).program
+        full = RebuildCaches(plan.without_changes()).run(program).program
         verify(full, "RebuildCaches")
         reduced = full
-        if plan.evictions:
+        if plan.changes:
             reduced = RebuildCaches(plan).run(program).program
             verify(reduced, "RebuildCaches")
         for position in plan.last_token_outputs:
             reduced = LastTokenHead(position).run(reduced).program
             verify(reduced, "LastTokenHead")
+        if plan.fixed and plan.attention_mask is not None:
+            reduced = RightPadding(plan.attention_mask).run(reduced).program
+            verify(reduced, "RightPadding")
     return Reduced(full, reduced, reduced, None, None, plan)

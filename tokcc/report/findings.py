@@ -19,7 +19,7 @@ _COSTLY_NODES = 0.2
 
 def findings(report: Report) -> tuple[str, ...]:
     """Return warnings that follow from the report's own numbers, the gravest first."""
-    return (*_fidelity(report), *_speed(report), *_shapes(report))
+    return (*_fidelity(report), *_speed(report), *_shapes(report), *_caches(report))
 
 
 def _fidelity(report: Report) -> list[str]:
@@ -68,3 +68,13 @@ def _shapes(report: Report) -> list[str]:
     if paying is None:
         return [f"the policy does not pay at any measured shape: {names}"]
     return [f"the policy loses at {names}; it pays from {paying}"]
+
+
+def _caches(report: Report) -> list[str]:
+    """Say where a policy for caches has not yet done anything."""
+    points = report.decoding.points if report.decoding else ()
+    if not points or not any(row.step for row in report.layers):
+        return []
+    if points[-1].cache_bytes_after >= points[-1].cache_bytes_before:
+        return [f"the caches are not smaller after {points[-1].context} tokens: the policy pays for longer texts only"]
+    return []

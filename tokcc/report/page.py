@@ -8,14 +8,23 @@ from typing import Any
 
 import yaml
 
+from tokcc.report.contexts import (
+    break_even_text,
+    context_rows,
+    needle_hint,
+    needle_rows,
+    needle_total,
+    text_rows,
+)
 from tokcc.report.kept import readable
-from tokcc.report.schema import GateResult, KeptText, Report, Size
+from tokcc.report.schema import Decoding, GateResult, KeptText, Report, Size
 from tokcc.report.summary import (
     Row,
     bytes_text,
     count_text,
     grouped_rows,
     next_steps,
+    sampled,
     seconds_text,
     shapes_text,
     spread_text,
@@ -74,6 +83,8 @@ def page_content(report: Report, bundle: str) -> dict[str, Any]:
         "texts": [_text(text) for text in report.texts],
         "rows": [_row(row, first) for row in rows],
         "with_kv": any(row.kv_before is not None for row in rows),
+        "layers_hint": _layers_hint(report),
+        "decoding": None if report.decoding is None else _decoding(report.decoding),
         "total": {
             "flops": f"{count_text(totals.flops_before)} → {count_text(totals.flops_after)}",
             "saved": _NOTHING if saved is None else percent(saved, digits=0),
@@ -143,15 +154,16 @@ def _verdict(report: Report) -> str:
         if report.totals.ideal_speedup is not None:
             gain += f"; by FLOPs it could be {times(report.totals.ideal_speedup)}"
     elif latency.speedup.median >= 1:
-        gain = f"On this machine the engine is {times(latency.speedup.median)} as fast as the original"
+        gain = f"On this machine the engine is {times(latency.speedup.median)} as fast as the original{_where(report)}"
     else:
-        gain = f"On this machine the engine is slower than the original ({times(latency.speedup.median)})"
+        slower = times(latency.speedup.median)
+        gain = f"On this machine the engine is slower than the original{_where(report)} ({slower})"
     if fidelity is None:
         return f"{gain}. What it costs in accuracy was not measured: no calibration data was given."
     if fidelity.weights == "random":
         return f"{gain}. The weights are random, so its fidelity says nothing about a trained model."
     card = _fidelity(report)
-    return f"{gain}. {card.label[0].upper()}{card.label[1:]} on {fidelity.samples} samples: {card.value}."
+    return f"{gain}. {card.label[0].upper()}{card.label[1:]} on {sampled(report)}: {card.value}."
 
 
 def _speed(report: Report) -> _Card:
@@ -160,7 +172,7 @@ def _speed(report: Report) -> _Card:
     if latency is None:
         return _Card("Speedup", "not measured", (ideal,) if ideal else (), "warn")
     lines = [
-        f"{seconds_text(latency.baseline.median)} → {seconds_text(latency.engine.median)} a run",
+        f"{seconds_text(latency.baseline.median)} → {seconds_text(latency.engine.median)} {_run(report)}",
         f"80 % of rounds: {times(latency.speedup.p10)} to {times(latency.speedup.p90)}",
     ]
     if ideal and totals.realised_over_ideal is not None:
@@ -181,7 +193,7 @@ def _fidelity(report: Report) -> _Card:
     cosine = (
         "" if low is None or low.cosine_mean is None else f"cosine {low.cosine_mean:.4f}, worst {low.cosine_min:.4f}"
     )
-    against = f"{fidelity.samples} samples of {fidelity.source}, against the baseline engine"
+    against = f"{sampled(report)}, against the baseline engine"
     tops = [output.top1_agreement for output in fidelity.outputs if output.top1_agreement is not None]
     lines = [f"{broken} samples gave NaN or infinity"] if broken else []
     if fidelity.metrics:
@@ -207,7 +219,64 @@ def _parity(report: Report) -> _Card:
     return _Card("Parity", "passed", tuple(lines), "good")
 
 
+def _where(report: Report) -> str:
+    points = report.decoding.points if report.decoding else ()
+    return f" at a context of {points[-1].context} tokens" if points else ""
+
+
+def _run(report: Report) -> str:
+    points = report.decoding.points if report.decoding else ()
+    return f"a token after {points[-1].context}" if points else "a run"
+
+
+def _cache(decoding: Decoding) -> _Card:
+    last = decoding.points[-1]
+    lines = [
+        f"{bytes_text(last.cache_bytes_before)} → {bytes_text(last.cache_bytes_after)} after {last.context} tokens",
+        f"bytes moved in a step allow {times(last.bound)}",
+        break_even_text(decoding),
+    ]
+    needles = needle_total(decoding)
+    if needles is not None:
+        lines.append(f"copied needles {' → '.join(needles)}")
+    return _Card("KV cache left", percent(last.cache_ratio), tuple(lines), "good" if last.cache_ratio < 1 else "warn")
+
+
+def _decoding(decoding: Decoding) -> dict[str, Any]:
+    depths, needles = needle_rows(decoding)
+    return {
+        "contexts": context_rows(decoding),
+        "contexts_hint": (
+            f"Both engines read the same tokens ({decoding.tokens}) in pieces of {decoding.piece}, in turns; entries "
+            "are evicted after each. A token is timed at every context; its cache is what the reading left, with all "
+            "that is carried beside keys and values. The first token comes when the context is read. By bytes moved: "
+            f"weights ({bytes_text(decoding.weight_bytes_before)}) and cache, read once, before / after. In all: "
+            f"{break_even_text(decoding)}."
+        ),
+        "text": text_rows(decoding),
+        "text_hint": (
+            f"The first tokens of the text, read in pieces of {decoding.piece} as a server with chunked prefill does; "
+            "the perplexity is that of all tokens but the first."
+        ),
+        "depths": depths,
+        "needles": needles,
+        "needles_hint": needle_hint(decoding) if needles else "",
+    }
+
+
+def _layers_hint(report: Report) -> str:
+    shapes = shapes_text(report.totals.shapes) or "the shapes of the example inputs"
+    if any(row.kv_bytes_before is not None for row in report.layers):
+        return (
+            f"Slots of the cache and FLOPs of the attention over it, for one token, at {shapes}. "
+            "The whole model includes everything else."
+        )
+    return f"FLOPs of a whole block, with the inserted nodes, at {shapes}. The whole model includes embedding and head."
+
+
 def _size(report: Report) -> _Card:
+    if report.decoding is not None and report.decoding.points:
+        return _cache(report.decoding)
     totals = report.totals
     lines = []
     if report.memory is not None:
@@ -286,7 +355,7 @@ def _measured(report: Report) -> list[tuple[str, str]]:
     if report.memory is not None:
         lines.append(("Peak memory", report.memory.how))
     if report.fidelity is not None:
-        lines.append(("Fidelity data", f"{report.fidelity.source}, {report.fidelity.samples} samples"))
+        lines.append(("Fidelity data", sampled(report)))
     memory = "" if machine.memory_bytes is None else f", {bytes_text(machine.memory_bytes)} memory"
     lines.append(("Machine", f"{machine.cpu}, {machine.cores} cores{memory}, {machine.os}"))
     if machine.gpu:

@@ -10,6 +10,7 @@ from typing import Literal, Self
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from tokcc.errors import OutputError, UsageError
+from tokcc.report.decoding import ContextPoint, Decoding, LayerOccupancy, NeedlePoint, Occupancy, TextPoint
 from tokcc.report.parts import (
     BreakEvenPoint,
     Fidelity,
@@ -39,15 +40,20 @@ from tokcc.report.parts import (
 __all__ = [
     "SCHEMA_VERSION",
     "BreakEvenPoint",
+    "ContextPoint",
+    "Decoding",
     "Fidelity",
     "Figure",
     "GateResult",
     "KeptText",
     "Latency",
+    "LayerOccupancy",
     "LayerRow",
     "Machine",
     "ModelFacts",
+    "NeedlePoint",
     "NodeCounts",
+    "Occupancy",
     "OutputFidelity",
     "Parity",
     "ParityCheck",
@@ -58,6 +64,7 @@ __all__ = [
     "Spread",
     "TaskMetric",
     "TensorFacts",
+    "TextPoint",
     "Timing",
     "Totals",
     "json_schema",
@@ -84,6 +91,7 @@ class Report(Part):
     latency: Latency | None = Field(default=None, description="Interleaved timing; None when not measured.")
     memory: PeakMemory | None = Field(default=None, description="Peak memory; None when not measured.")
     break_even: tuple[BreakEvenPoint, ...] = Field(default=(), description="Ratio over shapes.")
+    decoding: Decoding | None = Field(default=None, description="What only decoders have; None when not measured.")
     gates: tuple[GateResult, ...] = Field(default=(), description="Acceptance conditions.")
     stages: dict[str, Seconds] = Field(default_factory=dict, description="Seconds per pipeline stage, in order.")
     figures: tuple[Figure, ...] = Field(default=(), description="Pictures in the bundle.")
@@ -93,7 +101,7 @@ class Report(Part):
 
     @model_validator(mode="after")
     def _no_number_without_parity(self) -> Self:
-        measured = [name for name in ("fidelity", "latency", "memory") if getattr(self, name) is not None]
+        measured = [name for name in ("fidelity", "latency", "memory", "decoding") if getattr(self, name) is not None]
         if measured and not self.parity.passed:
             raise ValueError(f"{', '.join(measured)} reported although parity did not pass")
         return self

@@ -16,6 +16,7 @@ __all__ = [
     "grouped_rows",
     "next_steps",
     "percent",
+    "sampled",
     "seconds_text",
     "shapes_text",
     "speed_lines",
@@ -24,6 +25,7 @@ __all__ = [
     "worst",
 ]
 
+_PAST = "past_key_values."
 _UNITS = ("", " K", " M", " G", " T", " P")
 
 
@@ -68,8 +70,17 @@ def spread_text(spread: Spread) -> str:
 
 
 def shapes_text(shapes: dict[str, tuple[int, ...]]) -> str:
-    """Format input shapes: ``pixel_values [1, 3, 224, 224]``."""
-    return ", ".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in shapes.items())
+    """Format input shapes: ``pixel_values [1, 3, 224, 224]``; the caches of a decoder are only counted."""
+    caches = [name for name in shapes if name.startswith(_PAST)]
+    named = [f"{name} [{', '.join(map(str, shape))}]" for name, shape in shapes.items() if name not in caches]
+    return ", ".join([*named, *([f"{len(caches)} cache tensors"] if caches else [])])
+
+
+def sampled(report: Report) -> str:
+    """Say what fidelity was measured on: ``64 samples of photos``, for decoders ``4096 tokens of a text``."""
+    assert report.fidelity is not None
+    what = "tokens" if report.decoding is not None else "samples"
+    return f"{report.fidelity.samples} {what} of {report.fidelity.source}"
 
 
 @dataclass(frozen=True)
@@ -102,17 +113,24 @@ class Row:
 
 
 def grouped_rows(layers: Sequence[LayerRow]) -> list[Row]:
-    """Return the layer table; neighbouring blocks without a step and with the same tokens become one line."""
+    """Return the layer table; neighbouring blocks where the same is left, or nothing is done, become one line."""
     rows: list[Row] = []
     run: list[LayerRow] = []
     for layer in layers:
-        if run and (layer.step or run[0].step or layer.tokens_in != run[0].tokens_in):
+        if run and not _alike(run[0], layer):
             rows.append(_row(run))
             run = []
         run.append(layer)
     if run:
         rows.append(_row(run))
     return rows
+
+
+def _alike(one: LayerRow, other: LayerRow) -> bool:
+    if one.kv_bytes_before is not None:  # caches: every layer has its own, and none hands tokens to the next
+        keys = ("step", "tokens_in", "tokens_out", "kv_bytes_before", "kv_bytes_after")
+        return all(getattr(one, key) == getattr(other, key) for key in keys)
+    return not one.step and not other.step and one.tokens_in == other.tokens_in
 
 
 def _row(run: Sequence[LayerRow]) -> Row:
@@ -222,7 +240,10 @@ def next_steps(report: Report, bundle: str) -> list[NextStep]:
         steps.append(NextStep("a speed gate was missed: keep fewer tokens, or measure at the batch size you serve"))
     if report.latency is not None and report.latency.speedup.median < 1:
         steps.append(NextStep("the engine is slower here: use the original model at this shape, or a larger input"))
-    if any(tensor.name.startswith("past_key_values.") for tensor in report.model.inputs):
+    if any(tensor.name.startswith(_PAST) for tensor in report.model.inputs):
+        if report.fidelity is None:
+            command = f"tokcc calibrate {bundle} --data TEXT.txt"
+            steps.append(NextStep("measure perplexity on your text (after --keep-baseline)", command))
         steps.append(NextStep("try it in the terminal", f'tokcc run {bundle} "Once upon a time"'))
         steps.append(NextStep("check the bundle where it is deployed", f"tokcc verify {bundle}"))
     elif report.fidelity is None:

@@ -10,7 +10,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tokcc.report.schema import GateResult, Report
+from tokcc.report.contexts import break_even_text, context_rows, needle_total, text_rows
+from tokcc.report.schema import Decoding, GateResult, Report
 from tokcc.report.summary import (
     Row,
     count_text,
@@ -55,6 +56,10 @@ def renderable(report: Report, *, bundle: str | Path, plain: bool = False) -> Re
     parts: list[RenderableType] = []
     if report.layers:
         parts += [_layers(report, plain), Text("")]
+    if report.decoding is not None and report.decoding.points:
+        parts += [_contexts(report.decoding, plain), Text("")]
+    if report.decoding is not None and report.decoding.text:
+        parts += [_texts(report.decoding, plain), Text("")]
     parts.append(_totals(report, str(bundle)))
     for gate in report.gates:
         parts.append(_gate(gate))
@@ -119,6 +124,28 @@ def _layers(report: Report, plain: bool) -> Table:
     return table
 
 
+def _contexts(decoding: Decoding, plain: bool) -> Table:
+    table = _table(plain, "context", "tokens/s", "speedup", "first token", "KV cache", "left", "by bytes moved")
+    for row in context_rows(decoding):
+        pairs = [" -> ".join(pair) for pair in (row.speed, row.first_token, row.cache)]
+        table.add_row(row.context, pairs[0], row.speedup, *pairs[1:], row.left, row.bound)
+    return table
+
+
+def _texts(decoding: Decoding, plain: bool) -> Table:
+    table = _table(plain, "tokens of text", "perplexity", "ratio", "same top-1", "KL (nats)")
+    for row in text_rows(decoding):
+        table.add_row(row.context, " -> ".join(row.perplexity), row.ratio, row.top1, row.kl)
+    return table
+
+
+def _table(plain: bool, *columns: str) -> Table:
+    table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=not plain, header_style="bold", padding=(0, 1))
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
 def _tokens(row: Row, widths: tuple[int, int]) -> Text:
     before, after = str(row.tokens_in), str(row.tokens_out)
     if before == after:
@@ -138,8 +165,13 @@ def _totals(report: Report, bundle: str) -> Table:
     grid.add_column(overflow="fold")
     for label, value in speed_lines(report):
         grid.add_row(label, Text(value, style=_speed_style(report) if label == "realised speedup" else ""))
+    if report.decoding is not None:
+        grid.add_row("break-even", Text(break_even_text(report.decoding)))
     for label, value in fidelity_lines(report):
         grid.add_row(label, Text(value))
+    needles = None if report.decoding is None else needle_total(report.decoding)
+    if needles is not None:
+        grid.add_row("copied needles", Text(f"{' -> '.join(needles)} of the tokens of random spans that come again"))
     grid.add_row("fidelity on", _fidelity_source(report))
     grid.add_row("parity", _parity(report))
     if report.latency is not None:
@@ -157,7 +189,8 @@ def _speed_style(report: Report) -> str:
 def _fidelity_source(report: Report) -> Text:
     if report.fidelity is None:
         return Text("not measured (no calibration data)", style="yellow")
-    text = f"{report.fidelity.source}, {report.fidelity.samples} samples, against the baseline engine"
+    what = "tokens" if report.decoding is not None else "samples"
+    text = f"{report.fidelity.source}, {report.fidelity.samples} {what}, against the baseline engine"
     if report.fidelity.weights == "random":
         text += "; random weights, so this says nothing about a trained model"
     return Text(text)

@@ -12,7 +12,7 @@ from tokcc.report.extras import available
 from tokcc.report.findings import findings
 from tokcc.report.html import write_html
 from tokcc.report.kept import KeptTokens, kept_texts
-from tokcc.report.schema import Figure, Report
+from tokcc.report.schema import Decoding, Figure, Report
 
 __all__ = ["write_report"]
 
@@ -93,7 +93,10 @@ def _jobs(report: Report, images: Sequence[Array], stages: Sequence[KeptTokens])
     from tokcc.report.figures import draw_break_even, draw_kept_images, draw_kept_text, draw_latency, draw_tokens
     from tokcc.report.style import DARK, LIGHT
 
-    if layers and all(isinstance(tokens, int) for row in layers for tokens in (row.tokens_in, row.tokens_out)):
+    # The caches of a decoder are each their own: no layer hands its tokens to the next.
+    caches = any(row.kv_bytes_before is not None for row in layers)
+    sizes = [] if caches else [tokens for row in layers for tokens in (row.tokens_in, row.tokens_out)]
+    if sizes and all(isinstance(tokens, int) for tokens in sizes):
         figure = Figure(
             name="tokens",
             path="figures/tokens.svg",
@@ -108,12 +111,14 @@ def _jobs(report: Report, images: Sequence[Array], stages: Sequence[KeptTokens])
             name="latency",
             path="figures/latency.svg",
             dark_path="figures/latency-dark.svg",
-            title="Time of a run",
+            title="Time of a run" if report.decoding is None else "Time of a token at the longest context",
             caption=f"Dots: {latency.runs} interleaved runs. Upright line: median. Across: 10th to 90th percentile.",
             alt=f"Bar chart: median {latency.baseline.median:.4g} s baseline, {latency.engine.median:.4g} s engine.",
         )
         jobs.append(_Job(figure, lambda: draw_latency(latency, LIGHT), lambda: draw_latency(latency, DARK)))
-    if len(points) > 1:
+    if report.decoding is not None:
+        jobs += _decoder_jobs(report.decoding)
+    elif len(points) > 1:
         figure = Figure(
             name="break_even",
             path="figures/break_even.svg",
@@ -152,4 +157,42 @@ def _jobs(report: Report, images: Sequence[Array], stages: Sequence[KeptTokens])
             wide=True,
         )
         jobs.append(_Job(figure, lambda: draw_kept_text(texts, LIGHT), lambda: draw_kept_text(texts, DARK)))
+    return jobs
+
+
+def _decoder_jobs(decoding: Decoding) -> list[_Job]:
+    """Return the pictures that only decoders have."""
+    jobs: list[_Job] = []
+    from tokcc.report.cache_figures import draw_occupancy, draw_speed
+    from tokcc.report.style import DARK, LIGHT
+
+    points, occupancy = decoding.points, decoding.occupancy
+    if len(points) > 1:
+        said = ", ".join(
+            f"{p.tokens_per_second_before:.3g} and {p.tokens_per_second_after:.3g} at {p.context}" for p in points
+        )
+        figure = Figure(
+            name="contexts",
+            path="figures/contexts.svg",
+            dark_path="figures/contexts-dark.svg",
+            title="Speed by length of the context",
+            caption="Dotted: what the bytes that a step moves would allow, from the speed of the whole cache.",
+            alt=f"Line chart of tokens a second, whole cache and engine: {said}.",
+        )
+        jobs.append(_Job(figure, lambda: draw_speed(points, LIGHT), lambda: draw_speed(points, DARK)))
+    if occupancy is not None:
+        shares = [sum(row.kept) / len(row.kept) for row in occupancy.layers]
+        figure = Figure(
+            name="occupancy",
+            path="figures/occupancy.png",
+            dark_path="figures/occupancy-dark.png",
+            title="What the caches keep of a prompt",
+            caption=(
+                f"A prompt of {occupancy.context} tokens ({decoding.tokens}), read in one call. "
+                "The stronger the colour, the more heads of the block still hold the position."
+            ),
+            alt=f"Heat map of blocks over positions; blocks keep {min(shares):.0%} to {max(shares):.0%} of the prompt.",
+            wide=True,
+        )
+        jobs.append(_Job(figure, lambda: draw_occupancy(occupancy, LIGHT), lambda: draw_occupancy(occupancy, DARK)))
     return jobs

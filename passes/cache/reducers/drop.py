@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from tokcc.passes.cache.cut import CacheCut, Retained
-from tokcc.passes.cache.piece import CacheReducer
+from tokcc.passes.cache.piece import CacheReducer, ReducedCache
 
 __all__ = ["Evict"]
 
@@ -17,7 +17,7 @@ class Evict(CacheReducer):
 
     kind: ClassVar[str] = "drop"
 
-    def reduce(self, cut: CacheCut, retained: Retained) -> tuple[Any, Any]:
+    def reduce(self, cut: CacheCut, retained: Retained) -> ReducedCache:
         """See :class:`Evict`."""
         op = torch.ops.tokcc.gather_slots.default
-        return cut.b.call(op, cut.key, retained.index), cut.b.call(op, cut.value, retained.index)
+        return ReducedCache(*(cut.b.call(op, x, retained.index) for x in (cut.key, cut.value)))

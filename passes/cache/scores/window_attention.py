@@ -52,7 +52,11 @@ class WindowAttention(CacheScore):
         b = cut.b
         rows = b.min_sizes(self.window, cut.new)
         sums = b.sum(cut.probs(rows), 3)  # [B, Hkv, G, L]
-        sums = b.where(cut.newest(self.window), 0.0, sums)
+        return self._smoothed(cut, b.where(cut.newest(self.window), 0.0, sums))
+
+    def _smoothed(self, cut: CacheCut, sums: Any) -> Any:
+        """``[B, Hkv, G, L]`` to ``[B, Hkv, L]``."""
+        b = cut.b
         if self.when == "before_pool":
             return self._pooled(b, self._grouped(b, sums))
         heads = self._pooled(b, b.reshape(sums, [-1, cut.heads, cut.total]))

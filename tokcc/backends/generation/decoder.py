@@ -14,7 +14,10 @@ from tokcc.backends.bundle import Bundle
 from tokcc.backends.ort import Session
 from tokcc.errors import LoweringError, UsageError
 
-__all__ = ["DecoderEngine", "Past"]
+__all__ = ["TOKEN_BYTES", "DecoderEngine", "Past"]
+
+TOKEN_BYTES = "tokcc.token_bytes"
+"""Key of an engine's metadata: bytes of the keys and values of one token in all layers, as the model makes them."""
 
 Array = npt.NDArray[Any]
 Past = dict[str, Array]
@@ -100,6 +103,9 @@ class DecoderEngine:
     @property
     def slot_bytes(self) -> int:
         """Bytes of the keys and values of one token in all layers: what a cache without eviction grows by."""
+        known = self._session.session.get_modelmeta().custom_metadata_map.get(TOKEN_BYTES)
+        if known is not None and known.isdecimal():
+            return int(known)
         pairs = [item for item in self._carried if item.name.endswith((".key", ".value"))]
         return sum(item.shape[1] * item.width * np.dtype(item.dtype).itemsize for item in pairs)
 
@@ -125,6 +131,14 @@ class DecoderEngine:
             UsageError: The cache is not one of this engine, or a token is not in the vocabulary.
             LoweringError: The runtime fails.
         """
+        logits, carried = self.read(ids, mask, positions, past)
+        return logits[:, -1], carried
+
+    def read(self, ids: Array, mask: Array, positions: Array, past: Mapping[str, Array]) -> tuple[Array, Past]:
+        """Run one call as :meth:`call` does; return the logits of all new tokens ``[B, S, V]``.
+
+        An engine that computes those of the last token alone gives ``[B, 1, V]``.
+        """
         self._check(ids, past)
         known = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         feeds = {
@@ -141,8 +155,8 @@ class DecoderEngine:
                 help="a text longer than the model's positions is one reason; `tokcc verify` checks the bundle",
             ) from error
         logits = results["logits"]
-        last = logits[:, -1] if logits.ndim == 3 else logits
-        return last, {item.name: results[item.output] for item in self._carried}
+        rows = logits if logits.ndim == 3 else logits[:, None]
+        return rows, {item.name: results[item.output] for item in self._carried}
 
     def _check(self, ids: Array, past: Mapping[str, Array]) -> None:
         if self.batch not in (None, ids.shape[0]):

@@ -5,7 +5,17 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tokcc.lowering.onnx import algebra, cache, elementwise, indexing, reductions, shapes, sizes, tokens
+from tokcc.lowering.onnx import (
+    algebra,
+    cache,
+    cached_attention,
+    elementwise,
+    indexing,
+    reductions,
+    shapes,
+    sizes,
+    tokens,
+)
 
 __all__ = ["lowerings"]
 
@@ -14,6 +24,6 @@ __all__ = ["lowerings"]
 def lowerings() -> dict[Any, Any]:
     """Return every lowering by operation."""
     table: dict[Any, Any] = {}
-    for module in (sizes, shapes, elementwise, reductions, indexing, algebra, tokens, cache):
+    for module in (sizes, shapes, elementwise, reductions, indexing, algebra, tokens, cache, cached_attention):
         table.update(module.LOWERINGS)
     return table

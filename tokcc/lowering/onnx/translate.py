@@ -59,6 +59,8 @@ class Translator:
         self.op = Recorder(opset)
         self.env: dict[fx.Node, Any] = {}
         self._lazy: dict[fx.Node, tuple[str, torch.Tensor]] = {}
+        self._axes: dict[Any, Any] = {}
+        self._once: dict[Any, Any] = {}
         self._output_names: list[str] = []
 
     # values -----------------------------------------------------------------------------------------------------------
@@ -137,6 +139,22 @@ class Translator:
         """Return one size as an int64 vector of one element."""
         size = self.size(arg)
         return self.op.ints([size]) if isinstance(size, int) else size
+
+    def axis(self, node: fx.Node, axis: int) -> Any:
+        """Return one size of a tensor as an int64 vector of one element: sizes that are known to be equal are one."""
+        size = node.meta["val"].shape[axis]
+        if isinstance(size, int):
+            return self.op.ints([size])
+        key = size.node.expr
+        if key not in self._axes:
+            self._axes[key] = self.op("Shape", self.value(node), start=axis, end=axis + 1)
+        return self._axes[key]
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return what was made for an equal key, or make it: for nodes with graphs inside, which are not compared."""
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
 
     # the walk ---------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""Which key heads a step is for."""

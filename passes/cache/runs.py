@@ -1,0 +1,23 @@
+"""Runs of slots whose length is a size of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tokcc.ir.builder import Builder
+
+__all__ = ["run_of"]
+
+
+def run_of(b: Builder, x: Any, axis: int, start: Any, stop: Any) -> Any:
+    """Return the slots from ``start`` to ``stop`` of one axis, which has at least so many.
+
+    Not a slice: of that torch does not believe that the slots are there, and gives the result a length of which nothing
+    is known, so that every shape check behind it takes longer.
+    """
+    if isinstance(start, int) and start == 0 and stop is None:
+        return x
+    end = b.size(x, axis) if stop is None else stop
+    return b.call(torch.ops.aten.index_select.default, x, axis, b.arange(end, x, start=start))

@@ -1,0 +1,185 @@
+"""What cache storages work with: the tensors that travel from call to call, and the entries in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from tokcc.ir.builder import Builder
+from tokcc.passes.cache.cut import CacheCut
+from tokcc.passes.piece import Piece
+
+__all__ = ["CacheForm", "CacheStorage", "Front", "Held", "Left", "Stored"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CacheForm:
+    """What a cache has to hold.
+
+    Attributes:
+        kv_heads: Hkv.
+        key_width: D.
+        value_width: Dv.
+        dtype: The model's.
+        states: Names of what travels beside keys and values, fp32 ``[B, Hkv, slots]`` each.
+        front: There is an entry before all others, which stands for any number of tokens.
+    """
+
+    kv_heads: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+    states: tuple[str, ...] = ()
+    front: bool = False
+
+
+@dataclass(frozen=True)
+class Front:
+    """The entry before all others. Before the first call there is no row, after it there is one.
+
+    Attributes:
+        key: ``[B, Hkv, 0 or 1, D]``.
+        value: ``[B, Hkv, 0 or 1, Dv]``.
+        weight: fp32 ``[B, Hkv, 0 or 1]``: how many tokens it stands for.
+    """
+
+    key: Any
+    value: Any
+    weight: Any
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor ``[B, heads, rows, width]`` that an output leaves and the input of the next call takes.
+
+    Attributes:
+        name: ``key``, ``value``, or another one that begins with either: runtimes carry nothing else.
+        heads: Size of axis 1.
+        width: Size of axis 3.
+        dtype: Its type.
+        rows: What axis 2 counts: tensors of one storage with the same word are equally long.
+        fixed: The size of axis 2 where it never changes.
+    """
+
+    name: str
+    heads: int
+    width: int
+    dtype: torch.dtype
+    rows: str = "slots"
+    fixed: int | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """The entries of a cache before a call.
+
+    Attributes:
+        key: ``[B, Hkv, P, D]``.
+        value: ``[B, Hkv, P, Dv]``.
+        states: fp32 ``[B, Hkv, P]`` by name.
+        front: The entry before them, where the form has one.
+        real: bool ``[B, P]``: entries that are not padding, from storages that change their order; None = they are in
+            the order of the sequence.
+    """
+
+    key: Any
+    value: Any
+    states: dict[str, Any] = field(default_factory=dict)
+    front: Front | None = None
+    real: Any = None
+
+
+@dataclass(frozen=True)
+class Left:
+    """The entries of a cache after a call.
+
+    ``P`` entries were held, ``S`` came, ``K`` stay. A storage that keeps entries in a form of its own takes the held
+    ones in that form by ``take`` and turns only new ones into it, so that nothing is rounded twice.
+
+    Attributes:
+        key: ``[B, Hkv, K, D]``.
+        value: ``[B, Hkv, K, Dv]``.
+        states: fp32 ``[B, Hkv, K]`` by name.
+        new_key: ``[B, Hkv, S, D]``.
+        new_value: ``[B, Hkv, S, Dv]``.
+        real: bool ``[B, P + S]``: slots that are not padding.
+        past: P.
+        new: S.
+        index: int64 ``[B, Hkv, K]`` into the ``P + S`` slots, ascending; None = a run of slots up to the last one.
+        start: First slot of that run.
+        cut: The call before anything was evicted, for storages that rate entries themselves.
+        front: The entry before them, of one row, where the form has one.
+    """
+
+    key: Any
+    value: Any
+    states: dict[str, Any]
+    new_key: Any
+    new_value: Any
+    real: Any
+    past: Any
+    new: Any
+    index: Any = None
+    start: Any = 0
+    cut: CacheCut | None = None
+    front: Front | None = None
+
+    def take(self, b: Builder, x: Any) -> Any:
+        """Return what stays of ``[B, Hkv, P + S, ...]``."""
+        if self.index is not None:
+            return b.call(torch.ops.tokcc.gather_slots.default, x, self.index)
+        return x if isinstance(self.start, int) and self.start == 0 else b.slice(x, 2, self.start, None)
+
+
+class CacheStorage(Piece):
+    """How the entries of a layer are held between calls.
+
+    Attributes:
+        as_they_are: Entries may be changed by a reducer: it stores whatever it is given.
+        evicts: Entries may be taken out.
+    """
+
+    as_they_are: ClassVar[bool] = False
+    evicts: ClassVar[bool] = True
+
+    def check(self, form: CacheForm) -> None:
+        """Refuse a cache that cannot be held this way.
+
+        Raises:
+            ValueError: Says what is needed.
+        """
+
+    def basis(self, form: CacheForm) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the orthogonal matrices ``[D, D]`` and ``[Dv, Dv]`` that keys and values are held multiplied by.
+
+        The attention works on such keys and values: a call's queries, keys and values are multiplied, and what was
+        attended is multiplied back, which costs nothing for what is held. Not for storages from which entries may be
+        taken out: scores read channels. None = as they are.
+        """
+        del form
+        return None
+
+    def always(self) -> int | None:
+        """Return how many entries it holds before and after every call; None = as many as there are."""
+        return None
+
+    def waits(self) -> int:
+        """Return how many tokens may come in before the first of them is held in another form than it came."""
+        return 0
+
+    def tensors(self, form: CacheForm) -> tuple[Stored, ...]:
+        """Return what travels; ``key`` and ``value`` first."""
+        raise NotImplementedError
+
+    def read(self, b: Builder, form: CacheForm, tensors: Mapping[str, Any]) -> Held:
+        """Return the entries that the tensors hold."""
+        raise NotImplementedError
+
+    def write(self, b: Builder, form: CacheForm, tensors: Mapping[str, Any], left: Left) -> dict[str, Any]:
+        """Return the tensors after the call, by name."""
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""How entries of a cache are held between calls."""

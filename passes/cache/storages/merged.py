@@ -1,0 +1,56 @@
+"""Entries as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from tokcc.ir.builder import Builder
+from tokcc.passes.cache.storage import CacheForm, CacheStorage, Front, Held, Left, Stored
+
+__all__ = ["Merged"]
+
+
+class Merged(CacheStorage):
+    """Keys and values as the model makes them, as many as there are; every state is a tensor ``[B, Hkv, P, 1]``."""
+
+    kind: ClassVar[str] = "merged"
+    as_they_are: ClassVar[bool] = True
+
+    def tensors(self, form: CacheForm) -> tuple[Stored, ...]:
+        """See :class:`Merged`."""
+        pair = (
+            Stored("key", form.kv_heads, form.key_width, form.dtype),
+            Stored("value", form.kv_heads, form.value_width, form.dtype),
+        )
+        states = tuple(Stored(name, form.kv_heads, 1, torch.float32) for name in form.states)
+        if not form.front:
+            return pair + states
+        front = (
+            Stored("key_front", form.kv_heads, form.key_width, form.dtype, "front"),
+            Stored("value_front", form.kv_heads, form.value_width, form.dtype, "front"),
+            Stored("key_front_weight", form.kv_heads, 1, torch.float32, "front"),
+        )
+        return pair + states + front
+
+    def read(self, b: Builder, form: CacheForm, tensors: Mapping[str, Any]) -> Held:
+        """See :class:`Merged`."""
+        # Not a squeeze: runtimes start with no slots of any width (tokcc.backends.onnx frees it).
+        states = {name: b.call(torch.ops.aten.select.int, tensors[name], 3, 0) for name in form.states}
+        front = None
+        if form.front:
+            weight = b.call(torch.ops.aten.select.int, tensors["key_front_weight"], 3, 0)
+            front = Front(tensors["key_front"], tensors["value_front"], weight)
+        return Held(tensors["key"], tensors["value"], states, front)
+
+    def write(self, b: Builder, form: CacheForm, tensors: Mapping[str, Any], left: Left) -> dict[str, Any]:
+        """See :class:`Merged`."""
+        del form, tensors
+        states = {name: b.unsqueeze(value, 3) for name, value in left.states.items()}
+        front = {}
+        if left.front is not None:
+            weight = b.unsqueeze(left.front.weight, 3)
+            front = {"key_front": left.front.key, "value_front": left.front.value, "key_front_weight": weight}
+        return {"key": left.key, "value": left.value, **states, **front}
