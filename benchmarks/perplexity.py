@@ -2,6 +2,7 @@
 
     python benchmarks/perplexity.py                                  # SmolLM2-135M, all methods, 2k to 8k: hours
     python benchmarks/perplexity.py --method h2o --context 2048 --budget 0.25
+    python benchmarks/perplexity.py --method streaming-llm:sinks=0 --method agent-memory-q4:bits=8
 
 The text (the standard library's own documentation topics) is read in pieces of ``--piece`` tokens, as a server with
 chunked prefill does; a method evicts after every piece. The perplexity is that of all tokens but the first. The cache
@@ -23,13 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 import numpy as np
 import numpy.typing as npt
+import yaml
 
 from benchmarks.engines import open_session
 from benchmarks.environment import describe, write_results
 from benchmarks.grid import short
 from examples.assets import LANGUAGE_MODEL, locate
 from tokcc.backends.onnx import build_onnx, save_onnx
-from tokcc.config import load_policy
+from tokcc.config import Policy, load_policy
 from tokcc.errors import PlanError
 from tokcc.ir.program import Program
 from tokcc.passes.methods import library
@@ -38,6 +40,23 @@ from tokcc.pipeline.request import ModelRequest
 from tokcc.pipeline.stages import Stages
 
 METHODS = ("h2o", "streaming-llm", "tova", "snapkv", "pyramidkv", "chunkkv", "knorm", "keydiff", "lagkv", "keyformer")
+
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+
+
+def budgeted(method: str) -> bool:
+    """Return whether a method has a budget in tokens; the others keep everything in their own way."""
+    name = method.partition(":")[0]
+    return name != "none" and "tokens" in library()[name].params
+
+
+def policy_of(method: str, slots: int) -> Policy | str:
+    """Return the policy of a method: a preset, and after a colon parameters that differ from its own."""
+    name, _, given = method.partition(":")
+    if name == "none":
+        return name
+    parameters = {key: yaml.safe_load(value) for key, _, value in (x.partition("=") for x in given.split(",") if x)}
+    return short(name, **({"tokens": slots} if budgeted(method) else {}), **parameters)
 
 
 def text_tokens(folder: Path, count: int) -> npt.NDArray[np.int64]:
@@ -52,7 +71,7 @@ def text_tokens(folder: Path, count: int) -> npt.NDArray[np.int64]:
     return np.asarray(ids[:count], np.int64)
 
 
-def engine_of(program: Program, policy: dict[str, Any] | str, path: Path) -> Path:
+def engine_of(program: Program, policy: Policy | str, path: Path) -> Path:
     """Compile a captured decoder with a policy."""
     reduced = reduce_program(program, load_policy(policy, presets=library()), Stages())
     save_onnx(build_onnx(reduced.sliced, opset=18), path)
@@ -67,7 +86,7 @@ def perplexity(engine: Path, ids: npt.NDArray[np.int64], piece: int, threads: in
     past: dict[str, Any] = {}
     for item in inputs:
         width = item.shape[3] if isinstance(item.shape[3], int) else 1
-        past[item.name] = np.zeros((1, item.shape[1], 0, width), np.float32)
+        past[item.name] = np.zeros((1, item.shape[1], 0, width), DTYPES[item.type])
     total, count, before = 0.0, 0, None
     for start in range(0, len(ids), piece):
         new = ids[start : start + piece]
@@ -95,7 +114,7 @@ def perplexity(engine: Path, ids: npt.NDArray[np.int64], piece: int, threads: in
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="perplexity against context and cache size")
-    parser.add_argument("--method", action="append", choices=["none", *METHODS], help="default: all")
+    parser.add_argument("--method", action="append", help=f"default: none, {', '.join(METHODS)}")
     parser.add_argument("--context", action="append", type=int, help="default: 2048, 4096, 8192")
     parser.add_argument("--budget", action="append", type=float, help="share of the context; default: 0.125, 0.25, 0.5")
     parser.add_argument("--piece", type=int, default=256)
@@ -112,15 +131,16 @@ def main() -> int:
         engines: dict[tuple[str, int], Path] = {}
         for method in options.method or ["none", *METHODS]:
             for context in contexts:
-                for budget in [1.0] if method == "none" else options.budget or [0.125, 0.25, 0.5]:
+                whole = not budgeted(method)
+                for budget in [1.0] if whole else options.budget or [0.125, 0.25, 0.5]:
                     slots = round(budget * context)
-                    key = (method, 0 if method == "none" else slots)
+                    key = (method, 0 if whole else slots)
                     start = time.perf_counter()
                     row: dict[str, Any] = {"method": method, "context": context, "budget": budget, "slots": slots}
                     try:
                         if key not in engines:
-                            policy = "none" if method == "none" else short(method, tokens=slots)
-                            engines[key] = engine_of(program, policy, Path(scratch) / f"{method}-{slots}.onnx")
+                            path = Path(scratch) / f"{method.replace(':', '-')}-{slots}.onnx"
+                            engines[key] = engine_of(program, policy_of(method, slots), path)
                         value, held = perplexity(engines[key], ids[:context], options.piece, options.threads)
                         row |= {"perplexity": value, "kv_bytes": held, "seconds": time.perf_counter() - start}
                         cells = [f"{value:.2f}", f"{held / 1e6:.1f}"]

@@ -1,4 +1,4 @@
-"""Write the tables of README.md from ``benchmarks/results/*.json``; ``--check`` only says whether they are current."""
+"""Write the tables of README.md and docs/ from ``benchmarks/results``; ``--check`` says whether they are current."""
 
 from __future__ import annotations
 
@@ -91,12 +91,56 @@ def _compile_time(result: dict[str, Any]) -> str:
     return f"{_table(head, body)}\n\n{_where(result)}"
 
 
+def _perplexity(result: dict[str, Any]) -> str:
+    """One row per method, contexts and budgets side by side."""
+    places = dict.fromkeys((row["context"], row["budget"]) for row in result["rows"] if row["budget"] < 1)
+    whole = {(r["method"], r["context"]): r for r in result["rows"] if r["budget"] == 1}
+    found = {(r["method"], r["context"], r["budget"]): r for r in result["rows"]}
+    head = ["method", *(f"{context}: {budget:.1%}" for context, budget in places)]
+    body = []
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        cells = []
+        for context, budget in places:
+            row = whole.get((method, context)) or found.get((method, context, budget), {})
+            cells.append(f"{row['perplexity']:.2f}" if "perplexity" in row else "refused" if "refused" in row else "-")
+        body.append([f"`{method}`", *cells])
+    piece = result["piece"]
+    return f"{_table(head, body)}\n\nRead in pieces of {piece} tokens. {_where(result)}"
+
+
+def _perplexity_more(result: dict[str, Any]) -> str:
+    """One row per method, one context and budget."""
+    body = []
+    for row in result["rows"]:
+        held = f"{row['kv_bytes'] / 1e6:.1f}" if "kv_bytes" in row else "-"
+        value = f"{row['perplexity']:.2f}" if "perplexity" in row else f"refused: {row['refused']}"
+        body.append([f"`{row['method']}`", str(row["context"]), f"{row['budget']:.0%}", value, held])
+    return f"{_table(['method', 'context', 'budget', 'perplexity', 'KV MB'], body)}\n\n{_where(result)}"
+
+
+def _decoder_speed(result: dict[str, Any]) -> str:
+    body = []
+    for row in result["rows"]:
+        ratio = row.get("speedup")
+        cells = [str(row["context"]), str(row["new"]), row["engine"], f"{row['ms']['median']:.1f}"]
+        cells += [f"{row['kv_mb']:.1f}", f"{row['step_mb']:.0f}"]
+        cells += ["1" if ratio is None else f"{ratio['median']:.2f}x ({ratio['p25']:.2f}-{ratio['p75']:.2f})"]
+        body.append(cells)
+    head = ["tokens before", "new tokens", "engine", "ms", "KV MB", "MB to read", "speed-up (quartiles)"]
+    load = result["environment"].get("load_average_1min")
+    return f"{_table(head, body)}\n\nLoad average {load}. {_where(result)}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy_image": _accuracy,
     "accuracy_text": _accuracy,
     "speed": _speed,
     "compile_time": _compile_time,
+    "decoder_speed": _decoder_speed,
+    "perplexity": _perplexity,
+    "perplexity_more": _perplexity_more,
 }
+PAGES = ("README.md", "docs/decoders.md")
 
 
 def render(name: str) -> str | None:
@@ -112,20 +156,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-
-    def replaced(match: re.Match[str]) -> str:
-        table = render(match[1])
-        body = match[2] if table is None else f"\n{table}\n"
-        return f"<!-- table:{match[1]} -->{body}<!-- /table -->"
-
-    made = re.sub(r"<!-- table:(\w+) -->(.*?)<!-- /table -->", replaced, text, flags=re.DOTALL)
+    outdated = []
+    for name in PAGES:
+        page = ROOT / name
+        text = page.read_text(encoding="utf-8")
+        made = re.sub(r"<!-- table:(\w+) -->(.*?)<!-- /table -->", _replaced, text, flags=re.DOTALL)
+        if made != text:
+            outdated.append(name)
+            if not options.check:
+                page.write_text(made, encoding="utf-8")
     if options.check:
-        print("README.md is current" if made == text else "README.md is out of date: run tools/readme_tables.py")
-        return int(made != text)
-    readme.write_text(made, encoding="utf-8")
+        print(f"out of date: {', '.join(outdated)}; run tools/tables.py" if outdated else "all tables are current")
+        return int(bool(outdated))
     return 0
+
+
+def _replaced(match: re.Match[str]) -> str:
+    table = render(match[1])
+    body = match[2] if table is None else f"\n{table}\n"
+    return f"<!-- table:{match[1]} -->{body}<!-- /table -->"
 
 
 if __name__ == "__main__":
