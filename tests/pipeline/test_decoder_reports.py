@@ -359,6 +359,7 @@ def test_data_of_other_forms(bundle: Bundle, tmp_path: Path) -> None:
     assert len({each.text for each in found if each is not None}) == 1
 
 
+@pytest.mark.slow
 def test_no_tokenizer(folder: Path, tmp_path: Path) -> None:
     bare = model_folder(tmp_path / "m", tokenizer=False)
     (tmp_path / "t.txt").write_text(words(some_ids(600)))
@@ -372,6 +373,7 @@ def test_no_tokenizer(folder: Path, tmp_path: Path) -> None:
     assert with_ids.report.fidelity is not None
 
 
+@pytest.mark.slow
 def test_the_last_tokens_logits_are_not_enough(folder: Path, tmp_path: Path) -> None:
     policy = {**keep_positions(12), "outputs": {"logits": "last_token"}}
     with pytest.raises(UsageError, match="last token alone"):

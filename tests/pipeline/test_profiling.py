@@ -60,6 +60,7 @@ def test_equals_the_model_s_own_attention(tmp_path: Path) -> None:
     assert span_mass(attentions[0][0], range(60, 64), range(0, 4)).shape == (4,)
 
 
+@pytest.mark.slow
 def test_the_file_serves_two_methods(tmp_path: Path) -> None:
     folder, path = model_folder(tmp_path / "model"), tmp_path / "heads.json"
     assert main(["profile", str(folder), "-o", str(path), "--tokens", "64", "--quiet"]) == 0
