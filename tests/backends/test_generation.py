@@ -289,6 +289,11 @@ class TestDocumentation:
         assert scope["new"] == by_hand(h2o, [1, 15, 27], 64)[-1:]
 
 
+def test_memory_is_not_planned_for_every_length(h2o: Bundle) -> None:
+    """The runtime keeps a plan for each set of shapes: 50 KB for every token that SmolLM2 generates."""
+    assert not DecoderEngine(h2o)._session.session.get_session_options().enable_mem_pattern
+
+
 class TestStates:
     """What the engines carry beside keys and values, in a form that optimum carries too."""
 

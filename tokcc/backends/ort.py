@@ -24,13 +24,15 @@ class Session:
         path: The model.
         threads: Intra-op threads; 0 = the runtime's default.
         profile: Prefix of a profile to write.
+        patterns: Plan memory for each set of input shapes. The runtime keeps every plan: where shapes change with each
+            call, as a generation's mask does, memory grows without end.
 
     Raises:
         UsageError: ONNX Runtime is not installed.
         LoweringError: The runtime does not take the model.
     """
 
-    def __init__(self, path: Path, *, threads: int = 0, profile: Path | None = None) -> None:
+    def __init__(self, path: Path, *, threads: int = 0, profile: Path | None = None, patterns: bool = True) -> None:
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -38,6 +40,7 @@ class Session:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.enable_mem_pattern = patterns
         # The threads of an idle session must not spin while another one is measured.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if profile is not None:

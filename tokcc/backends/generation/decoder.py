@@ -76,7 +76,7 @@ class DecoderEngine:
 
     def __init__(self, source: Bundle | str | Path, *, threads: int = 0) -> None:
         self.path = _engine_file(source)
-        self._session = Session(self.path, threads=threads)
+        self._session = Session(self.path, threads=threads, patterns=False)
         inputs = {item.name: item for item in self._session.session.get_inputs()}
         outputs = {item.name: item for item in self._session.session.get_outputs()}
         _check_decoder(self.path, list(inputs), list(outputs))
