@@ -26,22 +26,22 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from benchmarks.engines import open_session
 from benchmarks.environment import describe, write_results
 from benchmarks.grid import short
 from examples.assets import LANGUAGE_MODEL, locate
+from tokcc.backends.generation import DecoderEngine
 from tokcc.backends.onnx import build_onnx, save_onnx
 from tokcc.config import Policy, load_policy
 from tokcc.errors import PlanError
 from tokcc.ir.program import Program
 from tokcc.passes.methods import library
+from tokcc.pipeline.decoder_quality import Surprise
+from tokcc.pipeline.reading import Reading
 from tokcc.pipeline.reducing import reduce_program
 from tokcc.pipeline.request import ModelRequest
 from tokcc.pipeline.stages import Stages
 
 METHODS = ("h2o", "streaming-llm", "tova", "snapkv", "pyramidkv", "chunkkv", "knorm", "keydiff", "lagkv", "keyformer")
-
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
 
 def budgeted(method: str) -> bool:
@@ -80,35 +80,12 @@ def engine_of(program: Program, policy: Policy | str, path: Path) -> Path:
 
 def perplexity(engine: Path, ids: npt.NDArray[np.int64], piece: int, threads: int) -> tuple[float, int]:
     """Read a text in pieces; return its perplexity and the bytes that the cache holds at the end."""
-    session = open_session(engine, threads)
-    inputs = [item for item in session.get_inputs() if len(item.shape) == 4]
-    names = [item.name for item in session.get_outputs()]
-    past: dict[str, Any] = {}
-    for item in inputs:
-        width = item.shape[3] if isinstance(item.shape[3], int) else 1
-        past[item.name] = np.zeros((1, item.shape[1], 0, width), DTYPES[item.type])
-    total, count, before = 0.0, 0, None
+    reading, surprise = Reading(DecoderEngine(engine, threads=threads)), Surprise()
     for start in range(0, len(ids), piece):
         new = ids[start : start + piece]
-        stop = start + len(new)
-        feeds = {
-            "input_ids": new[None],
-            "attention_mask": np.ones((1, stop), np.int64),
-            "position_ids": np.arange(start, stop)[None],
-            **past,
-        }
-        out = dict(zip(names, session.run(None, feeds), strict=True))
-        past = {name: out[name.replace("past_key_values", "present")] for name in past}
-        logits = out["logits"][0].astype(np.float64)
-        # The first token of a piece is predicted by the last row of the piece before.
-        rows = logits[:-1] if before is None else np.concatenate([before[None], logits[:-1]])
-        targets = new[1:] if before is None else new
-        highest = rows.max(1, keepdims=True)
-        normal = np.log(np.exp(rows - highest).sum(1)) + highest[:, 0]
-        total += float((normal - rows[np.arange(len(targets)), targets]).sum())
-        count += len(targets)
-        before = logits[-1]
-    return math.exp(total / count), sum(value.nbytes for value in past.values())
+        surprise.add(reading.read(new), new)
+    value = surprise.perplexity
+    return math.nan if value is None else value, reading.cache_bytes
 
 
 def main() -> int:

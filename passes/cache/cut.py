@@ -116,6 +116,16 @@ class CacheCut:
         """Return int64 ``[L]``."""
         return self.b.arange(self.total, self.key)
 
+    def age(self) -> Any:
+        """Return how many slots are behind each, int64 ``[L]``: L - 1, ..., 0."""
+        return self.b.call(aten.flip.default, self.slots(), [0])
+
+    def is_text(self) -> Any:
+        """Return bool ``[1]``: the call has more than one token."""
+        b = self.b
+        extra = b.amax(b.arange(self.new, self.key), 0, keepdim=True)  # S - 1
+        return b.compare("gt", extra, 0)
+
     def rank(self) -> Any:
         """Return the place of every slot among the real ones of its sample, int64 ``[B, L]``."""
         return slot_rank(self.b, self.real)
@@ -137,8 +147,7 @@ class CacheCut:
         """Return bool ``[L]``: the last ``count`` slots."""
         b = self.b
         # Counted from the end, so that no size enters the comparison.
-        age = b.call(aten.flip.default, self.slots(), [0])
-        return b.compare("lt", age, count)
+        return b.compare("lt", self.age(), count)
 
     def last_slot(self) -> Any:
         """Return L - 1 as int64 ``[1]``."""

@@ -8,7 +8,6 @@ import torch
 
 from tokcc.passes.cache.cut import PROTECTED, CacheCut
 from tokcc.passes.cache.piece import ReducedCache
-from tokcc.passes.cache.text import is_text
 
 __all__ = ["evicted", "in_cache", "kept_mask", "merge", "merged_rows", "receivers"]
 
@@ -75,7 +74,7 @@ def merge(cut: CacheCut, index: Any, source: Any, place: Any, weight: Any) -> Re
     joined, others = b.slice(index, 2, 0, count), b.slice(index, 2, count, None)
     own = b.unsqueeze(b.call(take, weight, joined), 3)  # [B, Hkv, n, 1]
     mass = b.call(take, b.cat([weight, _column(cut, 0.0)], 2), source)
-    mass = b.mul(mass, b.cast(is_text(cut), torch.float32))  # [B, Hkv, R]
+    mass = b.mul(mass, b.cast(cut.is_text(), torch.float32))  # [B, Hkv, R]
     here = b.compare("eq", b.unsqueeze(place, 2), b.unsqueeze(b.arange(count, cut.key), 1))  # [B, Hkv, n, R]
     shares = b.mul(b.cast(here, torch.float32), b.unsqueeze(mass, 2))
     total = b.add(own, b.sum(shares, 3, keepdim=True))

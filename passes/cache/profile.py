@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-__all__ = ["read_profile"]
+__all__ = ["given_or_read", "read_profile"]
 
 
 def read_profile(path: str, key: str) -> Any:
@@ -26,6 +26,27 @@ def read_profile(path: str, key: str) -> Any:
     if key not in data:
         raise ValueError(f"the profile {path} has no entry `{key}`, but {', '.join(sorted(data)) or 'nothing'}")
     return data[key]
+
+
+def given_or_read(value: Any, path: str | None, key: str, missing: str) -> Any:
+    """Return what a policy gives, or the entry of the profile that it names; for validators.
+
+    Args:
+        value: What is given, if anything.
+        path: The profile, or None.
+        key: The entry's name.
+        missing: What to say when there is neither.
+
+    Raises:
+        ValueError: Both are given, or neither, or the file cannot be read.
+    """
+    if value and path is not None:
+        raise ValueError("they are given, and a profile as well")
+    if path is not None:
+        value = read_profile(path, key)
+    if not value:
+        raise ValueError(missing)
+    return value
 
 
 def _object(path: str) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from tokcc.ir.program import PassResult, Program
 from tokcc.passes.cache.cut import LOWEST, CacheCut, behind
 from tokcc.passes.cache.plan import WEIGHT, CachePlan, HeadGroup, PlannedEviction
 from tokcc.passes.cache.storage import Front, Held, Left, Stored
-from tokcc.passes.cache.text import is_text
 from tokcc.passes.cache.visible import real_slots, slot_rank
 from tokcc.passes.outputs import OutputPlan
 from tokcc.passes.propagate import finish
@@ -325,7 +324,7 @@ class _Rebuild:
         # A storage of fixed length has as many from the first call on.
         cut.capacity = whole.capacity = _capacity(cut, eviction) if always is None else always
         if eviction.score.once:
-            cut.decides = whole.decides = is_text(cut)
+            cut.decides = whole.decides = cut.is_text()
         score = eviction.score.emit(cut)
         retained = eviction.select.select(cut, score)
         made = eviction.reduce.reduce(whole, retained)

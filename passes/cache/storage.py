@@ -176,6 +176,22 @@ class CacheStorage(Piece):
         """Return what travels; ``key`` and ``value`` first."""
         raise NotImplementedError
 
+    @staticmethod
+    def state_tensors(form: CacheForm) -> tuple[Stored, ...]:
+        """Return a tensor ``[B, Hkv, P, 1]`` for every state, for storages that hold states as they are."""
+        return tuple(Stored(name, form.kv_heads, 1, torch.float32) for name in form.states)
+
+    @staticmethod
+    def read_states(b: Builder, form: CacheForm, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the states that those tensors hold."""
+        # Not a squeeze: runtimes start with no slots of any width (tokcc.backends.onnx frees it).
+        return {name: b.call(torch.ops.aten.select.int, tensors[name], 3, 0) for name in form.states}
+
+    @staticmethod
+    def write_states(b: Builder, left: Left) -> dict[str, Any]:
+        """Return those tensors after the call."""
+        return {name: b.unsqueeze(value, 3) for name, value in left.states.items()}
+
     def read(self, b: Builder, form: CacheForm, tensors: Mapping[str, Any]) -> Held:
         """Return the entries that the tensors hold."""
         raise NotImplementedError

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import filelock
 import pytest
 
-__all__ = ["clean_variables", "environment"]
+__all__ = ["clean_variables", "environment", "run_driver"]
 
 ROOT = Path(__file__).parents[2] / ".runtimes"
 _MINUTES = 8
@@ -43,6 +45,23 @@ def environment(name: str, requirements: Sequence[str]) -> Path:
                 pytest.skip(f"no environment for {name}: {' '.join(last)}")
         ready.write_text(wanted)
     return python
+
+
+def run_driver(python: Path, driver: Path, job: Any, folder: Path, **variables: str) -> Any:
+    """Run a script of `drivers/` in an environment, with a job on standard input; returns what it wrote to its file."""
+    result = folder / "result.json"
+    done = subprocess.run(
+        [str(python), str(driver), str(result)],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=folder,
+        env=clean_variables() | {"OMP_NUM_THREADS": "1", **variables},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(result.read_text())
 
 
 def clean_variables() -> dict[str, str]:

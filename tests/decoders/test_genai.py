@@ -5,8 +5,6 @@ Its onnxruntime need not be ours, so it runs in an environment of its own (`.run
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 import torch
 
 from tests.decoders.bundles import CAPACITY, compiled, model_folder
-from tests.decoders.environments import clean_variables, environment
+from tests.decoders.environments import environment, run_driver
 from tests.decoders.methods import test_h2o as h2o
 from tests.decoders.methods import test_tova as tova
 from tests.decoders.oracle import Rule, run_alone
@@ -66,19 +64,7 @@ def test_genai_generates_what_our_loop_generates(tmp_path: Path) -> None:
     bundles = {name: compiled(models[family], tmp_path / name, given) for name, (family, given, _) in CASES.items()}
     folders = {name: str(bundle.path) for name, bundle in bundles.items()}
     job = {"batches": prompts(), "new": NEW, "folders": folders, "beams": folders["tova"]}
-    result = tmp_path / "result.json"
-    done = subprocess.run(
-        [str(python), str(DRIVER), str(result)],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=tmp_path,
-        env=clean_variables() | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answer = json.loads(result.read_text())
+    answer = run_driver(python, DRIVER, job, tmp_path)
     assert answer["versions"]["onnxruntime-genai"] == "0.18.0"
     assert "Beam search" in answer["beams"]
     for name, bundle in bundles.items():

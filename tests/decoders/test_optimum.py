@@ -6,15 +6,13 @@ optimum-onnx wants a transformers of the 4 series, so it runs in an environment 
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.decoders.bundles import CAPACITY, POLICIES, compiled, model_folder
-from tests.decoders.environments import clean_variables, environment
+from tests.decoders.environments import environment, run_driver
 from tests.decoders.tiny import VOCABULARY
 from tokcc.backends.generation import Generator
 
@@ -42,19 +40,7 @@ def test_optimum_generates_what_our_loop_generates(optimum: Path, tmp_path: Path
     folder = model_folder(tmp_path / "m")
     bundles = {name: compiled(folder, tmp_path / name, policy) for name, policy in POLICIES.items()}
     job = {"prompts": prompts(), "new": NEW, "folders": {name: str(bundle.path) for name, bundle in bundles.items()}}
-    result = tmp_path / "result.json"
-    done = subprocess.run(
-        [str(optimum), str(DRIVER), str(result)],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=tmp_path,
-        env=clean_variables() | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answer = json.loads(result.read_text())
+    answer = run_driver(optimum, DRIVER, job, tmp_path, HF_HUB_OFFLINE="1")
     assert answer["versions"]["transformers"].startswith("4."), answer["versions"]
     texts = {}
     for name, bundle in bundles.items():

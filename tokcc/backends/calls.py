@@ -12,7 +12,7 @@ from tokcc.backends.parity import Tolerance, oracle
 from tokcc.errors import ParityError
 from tokcc.ir.program import Program
 
-__all__ = ["check_rebuilt", "decoder_calls", "lengths_past", "next_past"]
+__all__ = ["check_rebuilt", "decoder_calls", "empty_past", "lengths_past", "next_past"]
 
 _PAST, _PRESENT = "past_key_values.", "present."
 LENGTHS = (12, 1, 1, 6, 1, 1, 1, 1)
@@ -60,7 +60,7 @@ def decoder_calls(
     if "attention_mask" in example:
         mask[1, : lengths[0] // 3] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    past = _empty(program, len(ids))
+    past = empty_past(program, len(ids))
     feeds: list[Feeds] = []
     outputs: list[list[torch.Tensor]] = []
     start = 0
@@ -117,7 +117,7 @@ def check_rebuilt(original: Program, rebuilt: Program, example: Feeds, lengths: 
                 )
 
 
-def _empty(program: Program, batch: int) -> Feeds:
+def empty_past(program: Program, batch: int) -> Feeds:
     """Return the cache before the first call."""
     past: Feeds = {}
     for node in program.user_inputs:

@@ -15,7 +15,16 @@ from tokcc.report.fidelity import FidelityMeter
 from tokcc.report.schema import Fidelity, TaskMetric, TextPoint
 from tokcc.report.tokens import TokenText
 
-__all__ = ["LONGEST", "SHORTEST", "TEXT_CONTEXTS", "Quality", "refuse_single_rows", "text_contexts", "text_quality"]
+__all__ = [
+    "LONGEST",
+    "SHORTEST",
+    "TEXT_CONTEXTS",
+    "Quality",
+    "Surprise",
+    "refuse_single_rows",
+    "text_contexts",
+    "text_quality",
+]
 
 TEXT_CONTEXTS = (1024, 2048, 4096, 8192)
 SHORTEST = 2 * PIECE
@@ -41,7 +50,7 @@ class Quality:
     warnings: tuple[str, ...]
 
 
-class _Surprise:
+class Surprise:
     """Sum of the negative log probabilities that an engine gave the tokens that came."""
 
     def __init__(self) -> None:
@@ -117,7 +126,7 @@ def text_quality(
         notes.append(f"the text is short: {contexts[-1]} tokens say little about a cache that is meant for more")
     meter = FidelityMeter(logits=["logits"])
     before, after = Reading(baseline, batch), Reading(engine, batch)
-    surprise = _Surprise(), _Surprise()
+    surprise = Surprise(), Surprise()
     points: list[TextPoint] = []
     for context in contexts:
         while before.seen < context:
@@ -139,7 +148,7 @@ def text_quality(
     return Quality(tuple(points), _fidelity(meter, points, text), tuple(notes), tuple(warnings))
 
 
-def _point(context: int, surprise: Sequence[_Surprise], meter: FidelityMeter) -> TextPoint:
+def _point(context: int, surprise: Sequence[Surprise], meter: FidelityMeter) -> TextPoint:
     (output,) = meter.result(source="").outputs
     return TextPoint(
         context=context,

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokcc.analysis.ledger import node_flops
+from tokcc.backends.calls import empty_past
 from tokcc.backends.generation.text import Tokenizer
 from tokcc.backends.parity import oracle
 from tokcc.backends.runtime_files import TOKENIZER_FILES
@@ -213,15 +214,11 @@ def _lengths(program: Program, context: int) -> dict[str, int]:
     """Return how long each tensor of a cache is after a prompt as long as the context: from a run without numbers."""
     run = oracle(program)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        feeds: dict[str, torch.Tensor] = {}
+        feeds = empty_past(program, 1)
         for node in program.user_inputs:
-            name, fake = program.public_name(node), node.meta["val"]
-            if name.startswith(_PAST):
-                rows = fake.shape[2] if isinstance(fake.shape[2], int) else 0
-                shape: tuple[int, ...] = (1, int(fake.shape[1]), rows, int(fake.shape[3]))
-            else:
-                shape = _plain(name, 0, context).shape
-            feeds[name] = torch.zeros(shape, dtype=fake.dtype)
+            name = program.public_name(node)
+            if name not in feeds:
+                feeds[name] = torch.zeros(_plain(name, 0, context).shape, dtype=node.meta["val"].dtype)
         outputs = run(feeds)
     return {
         name.replace(_PRESENT, _PAST): int(value.shape[2])

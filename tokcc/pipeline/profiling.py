@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokcc.analysis.cache_sites import cache_sites
 from tokcc.analysis.head_numbers import copies, cut_error, heard_attention, span_mass
-from tokcc.backends.feeds import Feeds
+from tokcc.backends.calls import empty_past
 from tokcc.backends.parity import oracle
 from tokcc.config import load_policy
 from tokcc.errors import OutputError, PlanError, UsageError
@@ -194,17 +194,15 @@ class _Listener:
         return errors
 
     def run(self, ids: Tensor, hear: Any) -> None:
-        feeds: Feeds = {}
+        known = {
+            "input_ids": ids[None],
+            "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
+            "position_ids": torch.arange(len(ids))[None],
+        }
+        feeds = empty_past(self.program, 1)
         for node in self.program.user_inputs:
-            name, fake = self.program.public_name(node), node.meta["val"]
-            known = {
-                "input_ids": ids[None],
-                "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
-                "position_ids": torch.arange(len(ids))[None],
-            }
+            name = self.program.public_name(node)
             if name in known:
-                feeds[name] = known[name].to(fake.dtype)
-            else:
-                feeds[name] = torch.zeros(1, int(fake.shape[1]), 0, int(fake.shape[3]), dtype=fake.dtype)
+                feeds[name] = known[name].to(node.meta["val"].dtype)
         with torch.no_grad(), heard_attention(hear):
             oracle(self.program)(feeds)

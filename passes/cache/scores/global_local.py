@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from tokcc.passes.cache.cut import CacheCut
 from tokcc.passes.cache.piece import CacheScore
 from tokcc.passes.cache.scores.window_attention import WindowAttention
+from tokcc.passes.cache.smoothing import Kernel, smoothed
 
 __all__ = ["GlobalLocal"]
 
@@ -32,14 +33,7 @@ class GlobalLocal(CacheScore):
     once: ClassVar[bool] = True
 
     window: int = Field(default=32, ge=1)
-    kernel: int = Field(default=5, ge=1)
-
-    @field_validator("kernel")
-    @classmethod
-    def _odd(cls, value: int) -> int:
-        if value % 2 == 0:
-            raise ValueError("an even kernel has no middle")
-        return value
+    kernel: Kernel = 5
 
     def emit(self, cut: CacheCut) -> Any:
         """See :class:`GlobalLocal`."""
@@ -48,14 +42,12 @@ class GlobalLocal(CacheScore):
         seen = b.div(cut.received, b.unsqueeze(b.cast(self._viewers(cut), torch.float32), 1))
         everywhere = b.where(cut.newest(self.window), 0.0, seen)
         score = b.call(aten.maximum.default, self._scaled(cut, everywhere), self._scaled(cut, local))
-        # Nothing is beyond the edges of a row, and padding has zeros.
-        pooled = b.call(aten.avg_pool2d.default, b.unsqueeze(score, 2), [1, self.kernel], [1, 1], [0, self.kernel // 2])
-        return b.squeeze(pooled, 2)
+        return smoothed(b, score, "avg", self.kernel)
 
     def _viewers(self, cut: CacheCut) -> Any:
         """Return how many of the call's queries see a slot, int64 ``[B, L]``."""
         b = cut.b
-        behind = b.add(b.call(aten.flip.default, cut.slots(), [0]), 1)  # the slot's own query included
+        behind = b.add(cut.age(), 1)  # the slot's own query included
         new = b.cast(b.slice(cut.real, 1, cut.past, None), torch.int64)
         return b.call(aten.minimum.default, behind, b.clamp_min(b.sum(new, 1, keepdim=True), 1))
 

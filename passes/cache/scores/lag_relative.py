@@ -10,6 +10,7 @@ from pydantic import Field
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.cut import CacheCut
 from tokcc.passes.cache.piece import CacheScore
+from tokcc.passes.cache.ranks import places
 
 __all__ = ["LagRelative"]
 
@@ -84,7 +85,5 @@ class LagRelative(CacheScore):
         """Return fp32 ``[N, g]``: ranks within chunks; among equals the older entry is the better one."""
         g = self.chunk
         flat = b.reshape(spread, [-1, g])
-        order = b.call(torch.ops.tokcc.topk_select.default, flat, g, False)
-        falling = b.expand(b.unsqueeze(b.arange(g, spread), 0), [b.size(flat, 0), -1])
-        place = b.scatter(order, 1, order, falling)  # 0 = best
+        place = places(b, flat, g)  # 0 = best
         return b.div(b.cast(b.sub(b.mul(place, -1), 1 - g), torch.float32), float(g))

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from tokcc.ir.builder import Builder
+from tokcc.passes.budget import Count
 from tokcc.passes.cache.cut import CacheCut
 from tokcc.passes.cache.scores.window_attention import WindowAttention
 
@@ -44,13 +45,12 @@ class LowPassWindow(WindowAttention):
         before = b.logical_and(cut.real, b.logical_not(b.unsqueeze(cut.newest(self.window), 0)))  # [B, L]
         score = b.where(b.unsqueeze(before, 1), score, 0.0)
         n = b.clamp_min(b.sum(b.cast(before, torch.int64), 1, keepdim=True), 1)  # [B, 1]
+        share = Count("share", Fraction(str(self.band)), "ceil")
         # All frequencies that pass in the longest row that there could be; a shorter one takes fewer.
-        share = Fraction(str(self.band))
-        most = b.floordiv_sizes(cut.total, 2)
-        most = b.add_sizes(b.mul_sizes(b.add_sizes(most, 1), share.numerator), share.denominator - 1)
-        frequency = b.arange(b.floordiv_sizes(most, share.denominator), score)  # [M]
-        passing = b.add(b.mul(b.add(_quotient(b, n, 2), 1), share.numerator), share.denominator - 1)
-        passes = b.compare("lt", frequency, _quotient(b, passing, share.denominator))  # [B, M]
+        most = b.add_sizes(b.floordiv_sizes(cut.total, 2), 1)
+        frequency = b.arange(share.kept(b, most, most), score)  # [M]
+        own = b.add(_quotient(b, n, 2), 1)
+        passes = b.compare("lt", frequency, share.kept_per_sample(b, own, own))  # [B, M]
         twice = b.logical_or(b.compare("eq", frequency, 0), b.compare("eq", b.mul(frequency, 2), n))
         factor = b.where(passes, b.where(twice, b.full([1], 1.0, torch.float32, score), 2.0), 0.0)
         factor = b.div(factor, b.cast(n, torch.float32))  # [B, M]

@@ -9,7 +9,6 @@ from pydantic import Field
 
 from tokcc.passes.cache.cut import CacheCut
 from tokcc.passes.cache.piece import CacheScore
-from tokcc.passes.cache.text import is_text
 
 __all__ = ["PromptSum"]
 
@@ -37,6 +36,5 @@ class PromptSum(CacheScore):
         """See :class:`PromptSum`."""
         b = cut.b
         text = b.mean(cut.received, 1, keepdim=True)  # [B, 1, L]
-        age = b.call(torch.ops.aten.flip.default, cut.slots(), [0])
-        generated = b.mul(b.cast(b.compare("eq", age, self.offset), torch.float32), -1.0)  # [L]
-        return b.where(is_text(cut), text, generated)
+        generated = b.mul(b.cast(b.compare("eq", cut.age(), self.offset), torch.float32), -1.0)  # [L]
+        return b.where(cut.is_text(), text, generated)

@@ -58,5 +58,4 @@ class SoftenedSum(CacheScore):
         nothing = b.full([b.size(cut.key, 0), cut.kv_heads, 1], 0.0, torch.float32, cut.key)
         known = b.cat([cut.states["key_step"], nothing], 2)  # never empty
         latest = b.amax(b.amax(known, 2, keepdim=True), 1, keepdim=True)
-        extra = b.amax(b.arange(cut.new, cut.key), 0, keepdim=True)  # S - 1
-        return b.where(b.compare("eq", extra, 0), b.add(latest, 1.0), 0.0)
+        return b.where(cut.is_text(), 0.0, b.add(latest, 1.0))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.cut import CacheCut
 from tokcc.passes.cache.piece import CacheScore
+from tokcc.passes.cache.smoothing import Kernel, Pool, smoothed
 
 __all__ = ["WindowAttention"]
-
-aten = torch.ops.aten
 
 
 class WindowAttention(CacheScore):
@@ -35,17 +33,10 @@ class WindowAttention(CacheScore):
     once: ClassVar[bool] = True
 
     window: int = Field(default=32, ge=1)
-    pool: Literal["avg", "max", "none"] = "avg"
-    kernel: int = Field(default=5, ge=1)
+    pool: Pool = "avg"
+    kernel: Kernel = 5
     group: Literal["mean", "max"] = "mean"
     when: Literal["before_pool", "after_pool"] = "after_pool"
-
-    @field_validator("kernel")
-    @classmethod
-    def _odd(cls, value: int) -> int:
-        if value % 2 == 0:
-            raise ValueError("an even kernel has no middle")
-        return value
 
     def emit(self, cut: CacheCut) -> Any:
         """See :class:`WindowAttention`."""
@@ -67,17 +58,4 @@ class WindowAttention(CacheScore):
         return b.mean(x, 2) if self.group == "mean" else b.amax(x, 2)
 
     def _pooled(self, b: Builder, x: Any) -> Any:
-        """Smooth ``[B, N, L]``.
-
-        Padding holds zeros, which is what stands beyond the edge of a row without padding: for a mean by definition,
-        and for a maximum because no sum is below zero.
-        """
-        if self.pool == "none" or self.kernel == 1:
-            return x
-        flat = b.unsqueeze(x, 2)  # [B, N, 1, L]
-        window, stride, padding = [1, self.kernel], [1, 1], [0, self.kernel // 2]
-        if self.pool == "avg":
-            made = b.call(aten.avg_pool2d.default, flat, window, stride, padding)
-        else:
-            made = b.call(aten.max_pool2d.default, flat, window, stride, padding)
-        return b.squeeze(made, 2)
+        return smoothed(b, x, self.pool, self.kernel)

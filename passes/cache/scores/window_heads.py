@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from tokcc.errors import PlanError
 from tokcc.passes.cache.cut import CacheCut
-from tokcc.passes.cache.profile import read_profile
+from tokcc.passes.cache.profile import given_or_read
 from tokcc.passes.cache.scores.window_attention import WindowAttention
 
 __all__ = ["WindowHeads"]
@@ -34,15 +34,8 @@ class WindowHeads(WindowAttention):
     @field_validator("raters", mode="before")
     @classmethod
     def _listed(cls, value: Any, info: ValidationInfo) -> Any:
-        path = info.data.get("profile")
-        if value and path is not None:
-            raise ValueError("they are given, and a profile as well")
-        if path is not None:
-            value = read_profile(path, "heads")
-        if not value:
-            raise ValueError(
-                "none are given: list the query heads of each layer, or name a `profile` with their `heads`"
-            )
+        missing = "none are given: list the query heads of each layer, or name a `profile` with their `heads`"
+        value = given_or_read(value, info.data.get("profile"), "heads", missing)
         return dict(enumerate(value)) if isinstance(value, list | tuple) else value
 
     @field_validator("raters")

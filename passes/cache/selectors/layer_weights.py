@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from tokcc.errors import PlanError
 from tokcc.passes.budget import Count
 from tokcc.passes.cache.cut import CacheCut
-from tokcc.passes.cache.profile import read_profile
+from tokcc.passes.cache.profile import given_or_read
 from tokcc.passes.cache.selectors.best import Best
 
 __all__ = ["LayerWeights"]
@@ -40,16 +40,8 @@ class LayerWeights(Best):
     @field_validator("errors", mode="before")
     @classmethod
     def _given(cls, value: Any, info: ValidationInfo) -> Any:
-        path = info.data.get("profile")
-        if value and path is not None:
-            raise ValueError("they are given, and a profile as well")
-        if path is not None:
-            value = read_profile(path, "errors")
-        if not value:
-            raise ValueError(
-                "none are given: list one for each layer of the model, or name a `profile` with its `errors`"
-            )
-        return value
+        missing = "none are given: list one for each layer of the model, or name a `profile` with its `errors`"
+        return given_or_read(value, info.data.get("profile"), "errors", missing)
 
     @field_validator("errors")
     @classmethod

@@ -10,6 +10,7 @@ from pydantic import Field
 from tokcc.errors import PlanError
 from tokcc.passes.budget import Count
 from tokcc.passes.cache.cut import LOWEST, PROTECTED, CacheCut, Retained
+from tokcc.passes.cache.ranks import places
 from tokcc.passes.cache.selectors.best import Best
 
 __all__ = ["PooledHeads"]
@@ -79,7 +80,5 @@ class PooledHeads(Best):
         """Return how many entries of the head are better, fp32 ``[B, Hkv, L]``; of equal ones the older is."""
         b = cut.b
         flat = b.reshape(rated, [-1, cut.total])
-        order = b.call(torch.ops.tokcc.topk_select.default, flat, cut.total, False)
-        rising = b.expand(b.unsqueeze(cut.slots(), 0), [b.size(flat, 0), -1])
-        place = b.scatter(order, 1, order, rising)
+        place = places(b, flat, cut.total)
         return b.reshape(b.cast(place, torch.float32), [b.size(rated, 0), cut.kv_heads, cut.total])

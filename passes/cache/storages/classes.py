@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 
 from tokcc.ir.builder import Builder
+from tokcc.passes.budget import Count
 from tokcc.passes.cache.cut import LOWEST, CacheCut
 from tokcc.passes.cache.rounding import Grid, grid_between, pack, round_to, unpack, values_of
 from tokcc.passes.cache.runs import run_of
@@ -222,9 +223,7 @@ class Classes(CacheStorage):
         if isinstance(cut.new, int) and cut.new == 1:
             return cut.received
         share = Fraction(str(self.probes)).limit_denominator(10_000)
-        most = b.floordiv_sizes(
-            b.add_sizes(b.mul_sizes(cut.new, share.numerator), share.denominator - 1), share.denominator
-        )
+        most = Count("share", share, "ceil").kept(b, cut.new, cut.new)
         # A single token is its own probe, and what it attends to is known: then there are none here.
         many = b.min_sizes(b.sub_sizes(cut.new, 1), 1)
         last = b.mul_sizes(most, many)

@@ -48,8 +48,7 @@ class Codes(CacheStorage):
             codes.append(Stored(part, form.kv_heads, width * self.bits // 8, torch.uint8))
             groups = width // min(self.group, width)
             grids += [Stored(f"{part}_{name}", form.kv_heads, groups, torch.float16) for name in ("step", "low")]
-        states = [Stored(name, form.kv_heads, 1, torch.float32) for name in form.states]
-        return (*codes, *grids, *states)
+        return (*codes, *grids, *self.state_tensors(form))
 
     def read(self, b: Builder, form: CacheForm, tensors: Mapping[str, Any]) -> Held:
         """See :class:`Codes`."""
@@ -59,8 +58,7 @@ class Codes(CacheStorage):
             codes = self._grouped(b, unpack(b, tensors[part], self.bits))
             whole = b.call(torch.ops.aten.flatten.using_ints, values_of(b, codes, grid), 3, 4)
             entries.append(b.cast(whole, form.dtype))
-        states = {name: b.call(torch.ops.aten.select.int, tensors[name], 3, 0) for name in form.states}
-        return Held(entries[0], entries[1], states)
+        return Held(entries[0], entries[1], self.read_states(b, form, tensors))
 
     def write(self, b: Builder, form: CacheForm, tensors: Mapping[str, Any], left: Left) -> dict[str, Any]:
         """See :class:`Codes`."""
@@ -73,7 +71,7 @@ class Codes(CacheStorage):
             fresh = {part: pack(b, codes, self.bits)}
             fresh |= {f"{part}_step": b.squeeze(grid.step, 4), f"{part}_low": b.squeeze(grid.low, 4)}
             made |= {name: left.take(b, b.cat([tensors[name], x], 2)) for name, x in fresh.items()}
-        return made | {name: b.unsqueeze(value, 3) for name, value in left.states.items()}
+        return made | self.write_states(b, left)
 
     def _grouped(self, b: Builder, x: Any) -> Any:
         """``[B, Hkv, N, D]`` to ``[B, Hkv, N, D / group, group]``."""

@@ -25,7 +25,7 @@ class Merged(CacheStorage):
             Stored("key", form.kv_heads, form.key_width, form.dtype),
             Stored("value", form.kv_heads, form.value_width, form.dtype),
         )
-        states = tuple(Stored(name, form.kv_heads, 1, torch.float32) for name in form.states)
+        states = self.state_tensors(form)
         if not form.front:
             return pair + states
         front = (
@@ -37,8 +37,7 @@ class Merged(CacheStorage):
 
     def read(self, b: Builder, form: CacheForm, tensors: Mapping[str, Any]) -> Held:
         """See :class:`Merged`."""
-        # Not a squeeze: runtimes start with no slots of any width (tokcc.backends.onnx frees it).
-        states = {name: b.call(torch.ops.aten.select.int, tensors[name], 3, 0) for name in form.states}
+        states = self.read_states(b, form, tensors)
         front = None
         if form.front:
             weight = b.call(torch.ops.aten.select.int, tensors["key_front_weight"], 3, 0)
@@ -48,7 +47,7 @@ class Merged(CacheStorage):
     def write(self, b: Builder, form: CacheForm, tensors: Mapping[str, Any], left: Left) -> dict[str, Any]:
         """See :class:`Merged`."""
         del form, tensors
-        states = {name: b.unsqueeze(value, 3) for name, value in left.states.items()}
+        states = self.write_states(b, left)
         front = {}
         if left.front is not None:
             weight = b.unsqueeze(left.front.weight, 3)
