@@ -22,6 +22,7 @@ def gather_slots(t: Translator, node: fx.Node, x: Any, index: Any) -> Any:
     """Rows per sample and head."""
     del node
     rank = index.meta["val"].ndim
+    t.passages.takes(t.value(index), x.meta["val"].shape[2])
     return t.op("GatherND", t.value(x), t.op("Unsqueeze", t.value(index), t.op.ints([rank])), batch_dims=2)
 
 
@@ -36,12 +37,14 @@ def retain_slots(t: Translator, node: fx.Node, rating: Any, k: Any) -> Any:
     nothing = t.op("Equal", wanted, total)
     place = t.op("Range", t.op.constant(0, _INT), t.op("Squeeze", wanted, t.op.ints([0])), t.op.constant(1, _INT))
     one, many = (SubgraphRecorder(t.op, f"{t.op.scope}/{name}") for name in ("one", "many"))
-    return t.op(
+    index = t.op(
         "If",
         few,
         then_branch=one.graph([], [_without_lowest(one, value, nothing, place, total)], [_INT]),
         else_branch=many.graph([], [_sorted_best(many, value, wanted)], [_INT]),
     )
+    t.passages.selects(index, nothing, rating.meta["val"].shape[2])
+    return index
 
 
 def _without_lowest(op: Recorder, rating: Any, nothing: Any, place: Any, total: Any) -> Any:

@@ -95,6 +95,7 @@ def cached_attention(
         sums=sums,
         bias=None if bias is None else t.op("Cast", t.value(bias), to=int(ir_dtype(dtype))),
     )
+    before = len(t.op.nodes)
     rows = fake.shape[2]
     if isinstance(rows, int):
         results = _plain(t.op, a, _visible(t.op, a)) if rows <= PLAIN else _blocks(t.op, a)
@@ -111,9 +112,10 @@ def cached_attention(
             else_branch=blocks.graph([], _blocks(blocks, a), kinds),
         )
         results = results if isinstance(results, tuple) else (results,)
-    out = results[0]
-    received = results[1] if sums else None
-    return out, received
+    t.passages.attentions.append(t.op.nodes[before:])
+    for result, kind in zip(results, [a.dtype, _FLOAT], strict=False):
+        result.type = ir.TensorType(kind)
+    return results[0], results[1] if sums else None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from tokcc.errors import LoweringError
 from tokcc.ir.program import Program
+from tokcc.lowering.onnx.pass_through import Passages
 from tokcc.lowering.onnx.recorder import Recorder
 
 __all__ = ["IR_VERSIONS", "Translator", "ir_dtype", "translate"]
@@ -57,6 +58,7 @@ class Translator:
         self.program = program
         self.table = table
         self.op = Recorder(opset)
+        self.passages = Passages()
         self.env: dict[fx.Node, Any] = {}
         self._lazy: dict[fx.Node, tuple[str, torch.Tensor]] = {}
         self._axes: dict[Any, Any] = {}
@@ -179,6 +181,7 @@ class Translator:
             if node.op == "call_function":
                 self.env[node] = self._call(node)
         outputs = self._outputs()
+        self.passages.apply(self.op, outputs)
         graph = ir.Graph(
             inputs,
             outputs,
@@ -187,6 +190,7 @@ class Translator:
             opset_imports={"": self.op.opset},
             name="tokcc",
         )
+        graph.sort()
         return ir.Model(graph, ir_version=IR_VERSIONS[self.op.opset], producer_name="tokcc")
 
     def _call(self, node: fx.Node) -> Any:
