@@ -3,9 +3,11 @@
     python benchmarks/decoder_speed.py                          # SmolLM2-135M, 1k to 8k tokens
     python benchmarks/decoder_speed.py --without-plain          # the plain export takes minutes to make
     python benchmarks/decoder_speed.py --policy h2o --policy tova --tokens 512 --prefill 2048
+    python benchmarks/decoder_speed.py --work engines           # keeps the engines, and takes those that are there
 
-One thread, batch 1. A step reads random caches of the length that the engine has there; all engines of a length run in
-turns in one process. The bound is what a step must read: weights once and the cache once.
+One thread, batch 1. Nothing is timed unless all engines give one text the same tokens. A step reads random caches of
+the length that the engine has there; all engines of a length run in turns in one process. The bound is what a step must
+read: weights once and the cache once.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +78,29 @@ def feeds_of(session: ort.InferenceSession, context: int, new: int, capacity: in
     return feeds
 
 
+def kept(engine: Path, make: Callable[[], Path]) -> Path:
+    """Return an engine that an earlier run left, or make it."""
+    return engine if engine.exists() else make()
+
+
+def check(engines: dict[str, tuple[Path, int | None]], tolerance: float = 1e-3) -> None:
+    """Read one short text with every engine, which evicts nothing of it.
+
+    Raises:
+        SystemExit: Logits differ: no figure is worth anything then.
+    """
+    wanted: Any = None
+    for name, (path, _) in engines.items():
+        session = open_session(path, 1)
+        logits = session.run([session.get_outputs()[0].name], feeds_of(session, 0, 48, None))[0]
+        wanted = logits if wanted is None else wanted
+        apart = float(np.abs(logits - wanted).max() / np.abs(wanted).max())
+        if apart > tolerance or (logits.argmax(-1) != wanted.argmax(-1)).any():
+            raise SystemExit(
+                f"{name} gives other tokens (logits differ by {apart:.1e} of their scale): nothing is timed"
+            )
+
+
 def moved_bytes(engine: Path, feeds: Feeds) -> int:
     """Bytes that a step cannot avoid to read: the engine's file and the caches."""
     files = [engine, engine.with_name(engine.name + ".data")]
@@ -123,17 +149,24 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--without-plain", action="store_true")
     parser.add_argument("--name", default="decoder_speed", help="results file name")
+    parser.add_argument("--work", type=Path, help="keep the engines here; default: nowhere")
     options = parser.parse_args()
     folder = locate(LANGUAGE_MODEL)[0].parent
     with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
+        work = options.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
         engines: dict[str, tuple[Path, int | None]] = {}
         if not options.without_plain:
-            engines[PLAIN] = (export_plain(folder, work / "plain.onnx"), None)
-        engines[WHOLE] = (compiled(folder, "none", work / "none"), None)
+            plain = work / "plain.onnx"
+            engines[PLAIN] = (kept(plain, partial(export_plain, folder, plain)), None)
+        whole = work / "none"
+        engines[WHOLE] = (kept(whole / "model.onnx", partial(compiled, folder, "none", whole)), None)
         for name in options.policy or ["h2o"]:
             policy = short(name, tokens=options.tokens)
-            engines[f"tokcc {name} {options.tokens}"] = (compiled(folder, policy, work / name), options.tokens)
+            output = work / f"{name}-{options.tokens}"
+            engine = kept(output / "model.onnx", partial(compiled, folder, policy, output))
+            engines[f"tokcc {name} {options.tokens}"] = (engine, options.tokens)
+        check(engines)
         print("| context | new tokens | engine | ms | KV MB | speed-up over the whole cache |")
         print("|---:|---:|---|---:|---:|---:|")
         rows = measure(engines, options.context or [1024, 2048, 4096, 8192], 1, options.rounds, WHOLE)

@@ -148,14 +148,21 @@ def identity(t: Translator, node: fx.Node, x: Any, *rest: Any, **kwargs: Any) ->
 
 def where(t: Translator, node: fx.Node, condition: Any, first: Any, second: Any) -> Any:
     """Choice."""
-    dtype = _dtype(node)
-    return t.op("Where", t.value(condition, torch.bool), t.value(first, dtype), t.value(second, dtype))
+    return _choose(t, node, condition, first, second)
 
 
 def masked_fill(t: Translator, node: fx.Node, x: Any, mask: Any, value: Any) -> Any:
     """Fill where the mask is true."""
+    return _choose(t, node, mask, value, x)
+
+
+def _choose(t: Translator, node: fx.Node, condition: Any, first: Any, second: Any) -> Any:
     dtype = _dtype(node)
-    return t.op("Where", t.value(mask, torch.bool), t.value(value, dtype), t.value(x, dtype))
+    chosen, a, b = t.value(condition, torch.bool), t.value(first, dtype), t.value(second, dtype)
+    if dtype != torch.bool:
+        return t.op("Where", chosen, a, b)
+    # ONNX Runtime's CPU provider chooses between anything but truth values.
+    return t.op("Or", t.op("And", chosen, a), t.op("And", t.op("Not", chosen), b))
 
 
 def clamp(t: Translator, node: fx.Node, x: Any, low: Any = None, high: Any = None) -> Any:
