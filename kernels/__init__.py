@@ -5,6 +5,8 @@ Importing this package registers them with torch.
 
 from tokcc.kernels.attention_probs import attention_probs
 from tokcc.kernels.cached_attention import cached_attention
+from tokcc.kernels.cover_select import cover_select
+from tokcc.kernels.dpp_select import dpp_select
 from tokcc.kernels.gather_slots import gather_slots
 from tokcc.kernels.gather_tokens import gather_tokens
 from tokcc.kernels.greedy_select import greedy_select
@@ -16,6 +18,8 @@ from tokcc.kernels.topk_select import topk_select
 __all__ = [
     "attention_probs",
     "cached_attention",
+    "cover_select",
+    "dpp_select",
     "gather_slots",
     "gather_tokens",
     "greedy_select",

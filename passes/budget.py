@@ -129,6 +129,8 @@ def _removals(budget: Budget, layers: tuple[int, ...], num_layers: int) -> list[
 def _shares(budget: Budget, layers: tuple[int, ...]) -> list[Fraction]:
     assert budget.keep is not None
     final = _fraction(budget.keep)
+    if budget.compound:
+        return [final ** (i + 1) for i in range(len(layers))]
     if budget.ramp is None:
         return [final] * len(layers)
     warm = max(budget.ramp.warmup_layers, math.ceil(budget.ramp.warmup_fraction * len(layers) - 1e-9))

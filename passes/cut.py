@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+import tokcc.kernels  # registers the operations that pieces call
 from tokcc.analysis.context import Context
 from tokcc.ir.builder import Builder
 from tokcc.ir.space import TokenSpace
 from tokcc.passes.budget import Count
 
-__all__ = ["AttentionView", "Chosen", "Cut", "Grouped", "Kept", "Matched"]
+__all__ = ["Assigned", "AttentionView", "Chosen", "Cut", "Grouped", "Kept", "Matched", "Tiered"]
 
 aten = torch.ops.aten
+assert tokcc.kernels is not None
+T = TypeVar("T")
+
+
+def _unknown() -> Any:
+    raise NotImplementedError("the attended values of this attention were not asked for")
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class AttentionView:
         mask: Broadcastable to ``[B, H, N, N]``, bool or additive, with the size bias of merged keys; or None.
         scale: Factor of the logits.
         probs: ``[B, H, N, N]`` when the model writes its attention out, else None.
+        attended: Returns the attended values of each head, before the output projection: ``[B, H, N, D]``.
     """
 
     query: Any
@@ -37,6 +45,7 @@ class AttentionView:
     mask: Any
     scale: float
     probs: Any = None
+    attended: Callable[[], Any] = _unknown
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class Kept:
         ascending: The index is in the order of the sequence.
         size: K.
         score: ``[B, N]``: what the selection was made by, for reducers that weight by it; or None.
+        by_input: The input decides how many slots are filled, so tokens may be dropped however many slots there are.
     """
 
     index: Any
@@ -56,6 +66,7 @@ class Kept:
     ascending: bool
     size: Any
     score: Any = None
+    by_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ class Matched:
         valid: bool ``[B, K]``, or None.
         weight: ``[B, N]`` weights to merge with where padding exists (0 for what must not count), or None.
         ascending: Output order follows the sequence.
+        partial: Some sources join nothing: their slot is K.
     """
 
     keep: Any
@@ -81,6 +93,7 @@ class Matched:
     valid: Any = None
     weight: Any = None
     ascending: bool = False
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,54 @@ class Grouped:
     size: Any
 
 
-Chosen = Kept | Matched | Grouped
+@dataclass(frozen=True)
+class Tiered:
+    """A ranking in three tiers: what stays, what is condensed, and the rest.
+
+    Attributes:
+        best: The first tier, protected tokens included.
+        middle: int64 ``[B, M]``: the second tier, best first.
+        rest: int64 ``[B, R]``: the others, best first.
+        score: ``[B, N]``: what was ranked by.
+    """
+
+    best: Kept
+    middle: Any
+    rest: Any
+    score: Any
+
+    @property
+    def size(self) -> Any:
+        """Tokens that stay as they are."""
+        return self.best.size
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """A soft assignment: every output token is a weighted sum of candidates.
+
+    Attributes:
+        matrix: fp32 ``[B, K, M]`` over the candidates; the rows sum to one.
+        index: int64 ``[B, K]``: a candidate that stands for each output token in masks and position tables, counted
+            from the first candidate.
+        size: Tokens behind the reduction, protected ones included.
+        valid: bool ``[B, K]`` where output tokens may be empty, else None.
+        ascending: The index is in the order of the sequence.
+    """
+
+    matrix: Any
+    index: Any
+    size: Any
+    valid: Any = None
+    ascending: bool = False
+
+
+Chosen = Kept | Matched | Grouped | Tiered | Assigned
+
+
+def _as_they_are(x: Any, places: Any) -> Any:
+    del places
+    return x
 
 
 @dataclass
@@ -116,6 +176,10 @@ class Cut:
         seed: For random pieces.
         initial: Number of candidates in the unreduced model.
         attention: Returns the attention of a layer over the current tokens (default: the cut's own layer).
+        ahead: Returns what the rest of the program makes of candidates by themselves: takes vectors ``[B, K, C]`` and
+            whose places they have, ``[K]`` counted from the first candidate, and returns ``[B, K, D]``.
+        stage: Which of the step's layers this is, from 0.
+        stages: How many layers the step has.
     """
 
     ctx: Context
@@ -129,6 +193,9 @@ class Cut:
     last: int
     seed: int
     attention: Callable[..., AttentionView]
+    stage: int = 0
+    stages: int = 1
+    ahead: Callable[[Any, Any], Any] = _as_they_are
 
     @property
     def b(self) -> Builder:
@@ -155,17 +222,35 @@ class Cut:
         """Which tokens are real, bool ``[B, N]``, or None when all are."""
         return self.space.valid if self.space.valid is not None else self.space.real
 
+    def present(self) -> Any:
+        """Return which tokens are real, bool ``[B, N]``, also when all are."""
+        if self.valid is not None:
+            return self.valid
+        return self.b.full([self.batch.size, self.tokens], True, torch.bool, self.x)
+
     def valid_count(self) -> Any:
         """Return the number of real candidates of each sample, int64 ``[B]``."""
         b = self.b
-        total = b.sum(b.cast(self.valid, torch.int64), 1)
+        total = b.sum(b.cast(self.present(), torch.int64), 1)
         return b.call(aten.clamp_min.default, b.sub(total, self.first + self.last), 0)
 
     def initial_valid_count(self) -> Any:
         """Return the number of real candidates before any reduction, int64 ``[B]``."""
         b = self.b
+        if self.space.root.real is None:  # every token was real until a reduction left slots empty
+            return b.add(b.full([self.batch.size], 0, torch.int64, self.x), self.initial_candidates)
         total = b.sum(b.cast(self.space.root.real, torch.int64), 1)
         return b.call(aten.clamp_min.default, b.sub(total, self.first + self.last), 0)
+
+    def of_stage(self, values: Sequence[T], name: str) -> T:
+        """Return this layer's entry of a parameter that has one for each of the step's layers, or one for all."""
+        if len(values) not in (1, self.stages):
+            self.ctx.fail(
+                f"`{name}` has {len(values)} entries for the step's {self.stages} layers",
+                needed="one entry, or one for each chosen layer",
+                help=f"write as many entries in `{name}` as `at.layers` chooses",
+            )
+        return values[self.stage if len(values) > 1 else 0]
 
     def positions(self) -> Any:
         """Return int64 ``[N]``."""

@@ -34,7 +34,7 @@ def kept_stages(
     """
     before = len(plan.made)
     with torch.no_grad():
-        walk, _ = reduce_walk(program, plan, EagerBuilder(), eager_inputs(program, feeds))
+        walk, _ = reduce_walk(program, plan, EagerBuilder(feeds), eager_inputs(program, feeds))
     spaces = plan.made[before:]
     del plan.made[before:]
     assert walk.tokens is not None

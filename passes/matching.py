@@ -44,7 +44,9 @@ def interleaved(cut: Cut, index: Any, values: Any) -> Any:
     return b.scatter(empty, 1, index, b.cast(values, torch.int64))
 
 
-def matched_per_sample(cut: Cut, *, place: Any, merging: Any, to: Any, size: Any, in_order: bool = False) -> Matched:
+def matched_per_sample(
+    cut: Cut, *, place: Any, merging: Any, to: Any, size: Any, in_order: bool = False, most: Any = None
+) -> Matched:
     """Make the matching of a padded batch, in which every sample merges as many pairs as it would alone.
 
     Samples may merge fewer tokens than there are sources in the static shape. Tokens are sorted so that those that stay
@@ -52,25 +54,30 @@ def matched_per_sample(cut: Cut, *, place: Any, merging: Any, to: Any, size: Any
     ``size`` are the output, and what is missing among the sources is padding, which weighs nothing.
 
     Args:
-        cut: The cut, with padding.
+        cut: The cut, with padding, or with as many pairs as a sample has that pass a threshold.
         place: int64 ``[N]`` or ``[B, N]`` below 2**23: output order of the tokens that stay.
         merging: int64 ``[B, N]``: 1 for the tokens that are merged away.
         to: int64 ``[B, N]``: the token that each of them joins.
         size: K, enough for the tokens that stay in every sample.
         in_order: The output order follows the sequence.
+        most: The most tokens that a sample merges away, where that can be more than ``N - size``.
     """
     b = cut.b
     dtype = b.dtype(cut.x)
     gone = b.compare("gt", merging, 0)
-    stays = b.logical_and(cut.valid, b.logical_not(gone))
+    stays = b.logical_and(cut.present(), b.logical_not(gone))
     key = b.where(stays, place, b.cast(b.where(gone, _SOURCE, _PADDING), torch.int64))
     order = topk(b, b.mul(key, -1), cut.tokens, in_order=False)  # [B, N] ascending by key
     position = b.scatter(order, 1, order, cut.per_sample(cut.positions()))  # inverse
     keep = b.slice(order, 1, 0, size)
-    source = b.slice(order, 1, size, None)
+    source = b.slice(order, 1, size if most is None else b.sub_sizes(cut.tokens, most), None)
     slot = b.gather(position, 1, b.gather(to, 1, source))
-    slot = b.mul(slot, b.gather(merging, 1, source))  # padding goes to slot 0, where it adds nothing
-    weight = b.cast(cut.valid, dtype)
+    if most is None:
+        slot = b.mul(slot, b.gather(merging, 1, source))  # padding goes to slot 0, where it adds nothing
+    else:
+        nowhere = b.add(b.call(aten.zeros_like.default, slot), size)
+        slot = b.where(b.gather(gone, 1, source), slot, nowhere)
+    weight = b.cast(cut.present(), dtype)
     if cut.space.weight is not None:
         weight = b.mul(b.cast(cut.space.weight, dtype), weight)
     return Matched(
@@ -82,4 +89,5 @@ def matched_per_sample(cut: Cut, *, place: Any, merging: Any, to: Any, size: Any
         valid=b.gather(stays, 1, keep),
         weight=weight,
         ascending=in_order,
+        partial=most is not None,
     )

@@ -10,12 +10,16 @@ import torch
 from tokcc.ir.builder import Builder
 from tokcc.passes.cut import Cut, Kept
 
-__all__ = ["LOWEST", "around", "ascending", "keep_indices", "masked", "topk"]
+__all__ = ["HIGHEST", "LOWEST", "around", "ascending", "keep_counted", "keep_indices", "masked", "topk"]
 
 aten = torch.ops.aten
 
 LOWEST = -1e30
 """Score of what must lose against every real score; finite, so that it survives arithmetic."""
+
+
+HIGHEST = -LOWEST
+"""Rating of what must stay: above every real score, with no rounding of the others, as an added offset would."""
 
 
 def topk(b: Builder, score: Any, k: Any, *, in_order: bool) -> Any:
@@ -42,8 +46,10 @@ def around(cut: Cut, rating: Any) -> Any:
     return b.cat([before] * bool(cut.first) + [rating] + [behind] * bool(cut.last), 1)
 
 
-def keep_indices(cut: Cut, score: Any, kept: Any, *, real: Any = None, score_for_reducer: Any = None) -> Kept:
-    """Keep the protected tokens and the ``kept`` best candidates, in sequence order.
+def keep_indices(
+    cut: Cut, score: Any, kept: Any, *, real: Any = None, score_for_reducer: Any = None, in_order: bool = True
+) -> Kept:
+    """Keep the protected tokens and the ``kept`` best candidates.
 
     With padding, each sample keeps the number of tokens it would keep alone; its slots beyond that are empty and come
     last.
@@ -54,25 +60,49 @@ def keep_indices(cut: Cut, score: Any, kept: Any, *, real: Any = None, score_for
         kept: Number of candidates to keep (int or size handle).
         real: With padding: int64 ``[B]``, the candidates that the budget counts (default: all real ones).
         score_for_reducer: Passed on.
+        in_order: In sequence order; otherwise the best first.
     """
     b = cut.b
     candidates = cut.inner(score)
     size = b.add_sizes(kept, cut.first + cut.last)
     if cut.valid is None:
-        index = cut.with_protected(topk(b, candidates, kept, in_order=True))
-        return Kept(index, None, True, size, score_for_reducer)
+        index = cut.with_protected(topk(b, candidates, kept, in_order=in_order))
+        return Kept(index, None, in_order, size, score_for_reducer)
     if cut.last:
         cut.ctx.fail("the last token of a padded sample is padding, so it cannot be protected by its place")
     real = cut.valid_count() if real is None else real
     initial = cut.initial_valid_count() if cut.count.of_initial else real
-    per_sample = b.unsqueeze(cut.count.kept_per_sample(b, real, initial), 1)  # [B, 1]
-    best = topk(b, candidates, kept, in_order=False)  # [B, kept]
+    own = cut.count.kept_per_sample(b, real, initial)
+    return keep_counted(cut, score, kept, own, score_for_reducer, in_order=in_order)
+
+
+def keep_counted(
+    cut: Cut, score: Any, kept: Any, own: Any, score_for_reducer: Any = None, *, in_order: bool = True
+) -> Kept:
+    """Keep the protected tokens and each sample's own number of best candidates.
+
+    Args:
+        cut: The cut.
+        score: ``[B, N]``, padding at the lowest.
+        kept: Number of slots for candidates (int or size handle).
+        own: int64 ``[B]``: how many of them each sample fills; the others are empty and come last.
+        score_for_reducer: Passed on.
+        in_order: In sequence order; otherwise the best first.
+    """
+    b = cut.b
+    if cut.last:
+        cut.ctx.fail("samples keep different numbers of tokens, so the last ones cannot be protected by their place")
+    size = b.add_sizes(kept, cut.first)
+    per_sample = b.unsqueeze(own, 1)  # [B, 1]
+    best = topk(b, cut.inner(score), kept, in_order=False)  # [B, kept]
     filled = b.compare("lt", b.arange(kept, cut.x), per_sample)  # [B, kept]
-    # Sort by position with the empty slots at the end.
-    key = ascending(b, b.where(filled, best, b.add(best, cut.tokens)))
-    filled = b.call(aten.lt.Scalar, key, cut.tokens)
-    keep = cut.with_protected(b.where(filled, key, b.sub(key, cut.tokens)))
+    if in_order:
+        # Sort by position with the empty slots at the end.
+        key = ascending(b, b.where(filled, best, b.add(best, cut.tokens)))
+        filled = b.call(aten.lt.Scalar, key, cut.tokens)
+        best = b.where(filled, key, b.sub(key, cut.tokens))
+    keep = cut.with_protected(best)
     if cut.first:
         filled = b.cat([b.full([cut.batch.size, cut.first], True, torch.bool, cut.x), filled], 1)
-    valid = b.logical_and(b.gather(cut.valid, 1, keep), filled)
-    return Kept(keep, valid, True, size, score_for_reducer)
+    valid = filled if cut.valid is None else b.logical_and(b.gather(cut.valid, 1, keep), filled)
+    return Kept(keep, valid, in_order, size, score_for_reducer)

@@ -73,7 +73,7 @@ def plan_outputs(program: Program, plan: Plan) -> OutputPlan:
 def _restore_point(program: Program, plan: Plan, contracts: Sequence[Any]) -> str | None:
     """The last stream point, when a full output depends on it and nothing is cut behind it."""
     sites = plan.sites
-    if not plan.reductions:
+    if not plan.reductions or not sites.layers:
         return None
     last = sites.layers[-1].block_output
     if last is None or not sites.has_tokens(last):
@@ -156,9 +156,12 @@ def _maps(walk: Walk, name: str, value: Value, *, whole: str | None) -> list[tup
                 if not space.reduced:
                     index = walk.builder.arange(space.size, value.handle)
                     return [(f"{name}.{whole}", _per_sample(walk, index))]
+                # The caller of a model without a mask cannot know which slots hold a token.
+                counted = space.valid is not None and space.root.real is None
+                valid = [(f"{name}.token_valid", space.valid)] if counted else []
                 if all(step.assign is not None for step in space.chain[1:]):
-                    return [(f"{name}.token_assign", _assign(walk, space))]
-                return [(f"{name}.token_index", _per_sample(walk, walk.ctx.index_between(space.root, space)))]
+                    return [(f"{name}.token_assign", _assign(walk, space)), *valid]
+                return [(f"{name}.token_index", _per_sample(walk, walk.ctx.index_between(space.root, space))), *valid]
     return []
 
 

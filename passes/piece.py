@@ -5,17 +5,19 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Iterator
 from functools import cache
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo
 
 from tokcc.config import PieceSpec
 from tokcc.errors import PolicyError
 from tokcc.ir.space import TokenSpace
+from tokcc.passes.budget import Count
 from tokcc.passes.cut import Chosen, Cut
 
-__all__ = ["Piece", "Reducer", "Score", "Selector", "pieces", "resolve_piece"]
+__all__ = ["OtherScore", "Piece", "Reducer", "Score", "Selector", "parts_of", "pieces", "resolve_piece", "scores_of"]
 
 
 class Piece(BaseModel):
@@ -52,6 +54,17 @@ class Selector(Piece):
     """Chooses tokens, or pairs of tokens."""
 
     wants_score: ClassVar[bool] = True
+    pairwise: ClassVar[bool] = False
+    """True when tokens go in pairs, so that at most half of the candidates can."""
+
+    @property
+    def of_batch(self) -> bool:
+        """True when a budget is for all samples together, which are the crops of one image."""
+        return False
+
+    def removes(self, count: Count) -> bool:
+        """Return False when a budget leaves every token in place, whatever the input."""
+        return not count.nothing
 
     def select(self, cut: Cut, score: Any) -> Chosen:
         """Return what was chosen."""
@@ -109,7 +122,7 @@ def resolve_piece(spec: PieceSpec, base: type[P], folder: str, where: str) -> P:
         )
     kind = known[spec.kind]
     try:
-        made = kind.model_validate(spec.params)
+        made = kind.model_validate(spec.params, context={"where": where})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -123,3 +136,28 @@ def resolve_piece(spec: PieceSpec, base: type[P], folder: str, where: str) -> P:
         ) from error
     assert isinstance(made, base)
     return made
+
+
+def parts_of(*given: Piece | None) -> Iterator[Piece]:
+    """Yield pieces, and those that are parameters of them."""
+    for piece in given:
+        if piece is None:
+            continue
+        yield piece
+        for _, value in piece:
+            own = value if isinstance(value, tuple) else (value,)
+            yield from parts_of(*(part for part in own if isinstance(part, Piece)))
+
+
+def _other_score(value: Any, info: ValidationInfo) -> Any:
+    where = (info.context or {}).get("where", "")
+    return value if isinstance(value, Score) else resolve_piece(PieceSpec.model_validate(value), Score, "scores", where)
+
+
+OtherScore = Annotated[Score, BeforeValidator(_other_score)]
+"""A parameter of a piece that is a score, beside the step's own: ``by: {kind: attention_received, layer: 8}``."""
+
+
+def scores_of(*given: Piece | None) -> Iterator[Score]:
+    """Yield the scores among some pieces, and those that are parameters of them."""
+    yield from (part for part in parts_of(*given) if isinstance(part, Score))

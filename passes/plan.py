@@ -11,9 +11,11 @@ from tokcc.config import LoadedPolicy, PieceSpec, Step, find_conflict
 from tokcc.errors import AxisError, PlanError, PolicyError
 from tokcc.ir.builder import EagerBuilder
 from tokcc.ir.space import TokenSpace
-from tokcc.passes.budget import resolve_budget
-from tokcc.passes.piece import Reducer, Score, Selector, resolve_piece
+from tokcc.passes.budget import Count, resolve_budget
+from tokcc.passes.inputs import EngineInput, declared_inputs
+from tokcc.passes.piece import Reducer, Score, Selector, resolve_piece, scores_of
 from tokcc.passes.reduction import PlannedReduction
+from tokcc.passes.trained import with_weights
 
 __all__ = ["Plan", "make_plan"]
 
@@ -40,19 +42,25 @@ class Plan:
     made: list[TokenSpace] = field(default_factory=list)
 
     @property
+    def inputs(self) -> tuple[EngineInput, ...]:
+        """Inputs that the reductions read besides the model's own."""
+        return declared_inputs(piece for r in self.reductions for piece in (r.score, r.select, r.reduce))
+
+    @property
     def outputs(self) -> dict[str, Any]:
         """Output contracts by name."""
         return dict(self.policy.policy.outputs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the applied policy in the long form, with the layers that were chosen: replayable."""
+        """Return the applied policy in the long form, with the layers that were chosen: replayable.
+
+        Layers where nothing goes are among them: schedules, ramps and trained weights count the chosen layers.
+        """
         data = self.policy.policy.to_dict()
-        layers: dict[int, list[int]] = {}
-        for reduction in self.reductions:
-            layers.setdefault(reduction.step, []).append(reduction.layer)
-        for step, chosen in layers.items():
-            if data["steps"][step]["at"].get("site") != "encoder_output":
-                data["steps"][step]["at"]["layers"] = sorted(set(chosen))
+        for number in {reduction.step for reduction in self.reductions}:
+            step = self.policy.policy.steps[number]
+            if step.at.site not in ("encoder_output", "projector_output"):
+                data["steps"][number]["at"]["layers"] = list(step.at.resolve(len(self.sites.layers)))
         return data
 
 
@@ -87,12 +95,19 @@ def _plan_step(
     policy: LoadedPolicy, number: int, step: Step, sites: Sites, made: list[TokenSpace]
 ) -> list[PlannedReduction]:
     where = policy.where(("steps", number))
-    if step.node == "evict_kv":
+    if step.node in ("evict_kv", "store_kv"):
         raise PlanError(
-            "the model has no key-value cache to evict from",
+            f"the model has no key-value cache to {'evict from' if step.node == 'evict_kv' else 'store'}",
             policy=policy.where(("steps", number, "node")),
             needed="a decoder that takes its past keys and values as inputs and returns them, grown",
             help="compile a causal language model (`--task text-generation`), or use a `prune` or `merge` step",
+        )
+    if step.at.part == "decoder":
+        raise PlanError(
+            "the step is for a decoder's prompt, and the model has no key-value cache",
+            policy=policy.where(("steps", number, "at")),
+            needed="a decoder that takes its past keys and values as inputs and returns them, grown",
+            help="compile a causal language model (`--task text-generation`), or leave `part: decoder` out",
         )
     if step.node not in ("prune", "merge"):
         raise PlanError(
@@ -115,10 +130,17 @@ def _plan_step(
     score, select, reduce = _pieces(policy, number, step)
     first = sites.prefix if step.protect.first == "auto" else int(step.protect.first)
     last = step.protect.last or (sites.suffix if step.protect.first == "auto" else 0)
-    _check_needs(policy, number, score, sites, first)
+    _check_needs(policy, number, tuple(scores_of(score, select)), sites, first)
+    if not any(select.removes(count) for count in counts):
+        return []
+    sizes = _sizes(sites, sites.cut(layers[0], step.at.site), layers[0], counts[0]) | {"stages": len(layers)}
+    if score is not None:
+        score = with_weights(score, sizes, folder=policy.folder, where=policy.where(("steps", number, "score")))
+    select = with_weights(select, sizes, folder=policy.folder, where=policy.where(("steps", number, "select")))
+    reduce = with_weights(reduce, sizes, folder=policy.folder, where=policy.where(("steps", number, "reduce")))
     result: list[PlannedReduction] = []
-    for layer, count in zip(layers, counts, strict=True):
-        if count.nothing and getattr(select, "duplicates", 0) == 0:
+    for stage, (layer, count) in enumerate(zip(layers, counts, strict=True)):
+        if not select.removes(count):
             continue
         cut = _cut(policy, number, step, sites, layer)
         result.append(
@@ -140,13 +162,15 @@ def _plan_step(
                 seed=step.seed,
                 sites=sites,
                 made=made,
+                stage=stage,
+                stages=len(layers),
             )
         )
     return result
 
 
 def _layers(policy: LoadedPolicy, number: int, step: Step, sites: Sites) -> tuple[int, ...]:
-    if step.at.site == "encoder_output":
+    if step.at.site in ("encoder_output", "projector_output"):
         return (len(sites.layers) - 1,)
     try:
         layers = step.at.resolve(len(sites.layers))
@@ -182,8 +206,21 @@ def _pieces(policy: LoadedPolicy, number: int, step: Step) -> tuple[Score | None
     return score, select, reduce
 
 
-def _check_needs(policy: LoadedPolicy, number: int, score: Score | None, sites: Sites, first: int) -> None:
-    reads_cls = getattr(score, "rows", None) == "cls" or getattr(score, "to", None) == "cls"
+def _sizes(sites: Sites, cut: str | None, layer: int, count: Count) -> dict[str, int]:
+    """Return the numbers that trained pieces may count on, as far as they are known."""
+    query = sites.axes.get(sites.layers[layer].attention.query) if sites.layers else None
+    known: dict[str, Any] = {
+        "C": sites.axes[cut].old[-1] if cut in sites.axes else None,
+        "heads": query.old[1] if query is not None and query.rank == 4 else None,
+        "head_width": query.old[-1] if query is not None else None,
+        "layers": len(sites.layers),
+        "K": int(count.amount) if count.kind == "tokens" else None,
+    }
+    return {name: size for name, size in known.items() if isinstance(size, int)}
+
+
+def _check_needs(policy: LoadedPolicy, number: int, scores: Sequence[Score], sites: Sites, first: int) -> None:
+    reads_cls = any(getattr(s, "rows", None) == "cls" or getattr(s, "to", None) == "cls" for s in scores)
     if reads_cls and sites.prefix < 1 and first < 1:
         raise PlanError(
             "the score reads the class token, and this model has none",
@@ -195,6 +232,8 @@ def _check_needs(policy: LoadedPolicy, number: int, score: Score | None, sites: 
 
 
 def _cut(policy: LoadedPolicy, number: int, step: Step, sites: Sites, layer: int) -> str:
+    if not sites.layers:
+        return sites.encoder_output  # see tokcc.analysis.projected
     block = sites.layers[layer]
     name = sites.cut(layer, step.at.site)
     lost = block.windowed
@@ -227,9 +266,11 @@ def _shortfalls(reductions: Sequence[PlannedReduction], sites: Sites) -> Iterato
     initial = int(tokens)
     short: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for reduction in reductions:
+        if reduction.select.of_batch:
+            break  # how many tokens a sample has from here on is not known
         count, protected = reduction.count, reduction.first + reduction.last
         candidates = max(tokens - protected, 0)
-        most = candidates // 2 if reduction.node == "merge" else max(candidates - 1, 0)
+        most = candidates // 2 if reduction.select.pairwise else max(candidates - 1, 0)
         if count.kind == "remove" and count.amount > most:
             asked = f"asked to remove {count.amount} tokens"
             short.setdefault((reduction.where, asked), []).append((reduction.layer, most))

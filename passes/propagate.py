@@ -23,6 +23,7 @@ from tokcc.ir.builder import Builder, GraphBuilder
 from tokcc.ir.edit import fake_mode_of, remove_dead
 from tokcc.ir.program import PassResult, Program
 from tokcc.ir.value import Value
+from tokcc.passes.inputs import refuse_taken_names
 from tokcc.passes.outputs import OutputPlan, contract_outputs, plan_outputs
 from tokcc.passes.plan import Plan
 
@@ -50,6 +51,7 @@ def reduce_walk(
     Returns:
         The walk and the output values, contracts applied, with their names appended for new ones.
     """
+    refuse_taken_names(program, plan.inputs)
     actions: dict[str, list[Action]] = {}
     for reduction in plan.reductions:
         actions.setdefault(reduction.cut, []).append(reduction)
@@ -160,14 +162,23 @@ def finish(
         )
         out_specs.append(ExportOutputSpec(kind, argument, known.target if known is not None else None))
     remove_dead(graph)
-    signature = ExportGraphSignature(input_specs=[*specs, *users, *inputs], output_specs=out_specs)
+    named = {}
+    added = []
+    for name, input_ in builder.new_inputs.items():
+        if not input_.users:  # read by a reduction that removes nothing after all
+            graph.erase_node(input_)
+            continue
+        named[input_.name] = name
+        added.append(InputSpec(InputKind.USER_INPUT, TensorArgument(name=input_.name), None))
+    signature = ExportGraphSignature(input_specs=[*specs, *users, *inputs, *added], output_specs=out_specs)
     result = replace(
         program,
         graph=graph,
         signature=signature,
         constants={**program.constants, **builder.constants},
         output_names=outputs.names,
-        input_names={**program.input_names, **(input_names or {})},
+        input_names={**program.input_names, **(input_names or {}), **named},
+        size_names={**program.size_names, **builder.size_names},
         symbols={**program.symbols, **builder.definitions},
     )
     return result.refreshed()

@@ -15,6 +15,7 @@ from tokcc.analysis.walk import Walk
 from tokcc.errors import AxisError
 from tokcc.ir.space import Factor, TokenSpace
 from tokcc.ir.value import Value
+from tokcc.passes.ahead import ahead_of
 from tokcc.passes.budget import Count
 from tokcc.passes.cut import AttentionView, Chosen, Cut
 from tokcc.passes.padding import padding_of
@@ -65,20 +66,24 @@ class PlannedReduction:
     sites: Sites
     made: list[TokenSpace]
     """Where the space behind each reduction is noted: the one before it again, when it removes nothing."""
+    stage: int = 0
+    """Which of the step's layers this is."""
+    stages: int = 1
+    """How many layers the step has."""
 
     def apply(self, walk: Walk, node: fx.Node, value: Value) -> Value:
         """Emit the reduction and return the reduced stream."""
-        del node
         try:
             with walk.builder.inserting(f"{self.name}@{self.layer}"):
-                return self._apply(walk, value)
+                return self._apply(walk, node, value)
         except AxisError as error:
             raise self.refused(error) from error
 
     def refused(self, error: AxisError) -> AxisError:
         """Return an error of the graph as one about this reduction."""
+        place = f"at layer {self.layer}" if self.sites.layers else "behind the projector"
         return AxisError(
-            f"cannot {self.node} tokens at layer {self.layer}: {error.what}",
+            f"cannot {self.node} tokens {place}: {error.what}",
             policy=self.where,
             node=error.node,
             needed=error.needed,
@@ -86,7 +91,7 @@ class PlannedReduction:
             help=error.help,
         )
 
-    def _apply(self, walk: Walk, value: Value) -> Value:
+    def _apply(self, walk: Walk, node: fx.Node, value: Value) -> Value:
         b = walk.builder
         assert walk.batch is not None
         space, axis = _current_space(walk, value)
@@ -94,7 +99,7 @@ class PlannedReduction:
         if batch_axis is None or value.rank != 3:
             walk.ctx.fail("the stream is not [batch, tokens, channels] at this cut")
         x = value.handle if axis == 1 else b.transpose(value.handle, 0, 1)
-        if space.root.real is None:
+        if space.root.real is None and self.sites.layers:
             space.root.real = padding_of(walk, self.sites, self.layer)
         attention = _attention_source(walk, self.sites, space, self.layer)
         cut = Cut(
@@ -109,6 +114,9 @@ class PlannedReduction:
             last=self.last,
             seed=self.seed,
             attention=attention,
+            stage=self.stage,
+            stages=self.stages,
+            ahead=ahead_of(walk, self.sites, node, value, self.first),
         )
         if self._nothing_to_remove(cut):
             self.made.append(space)
@@ -146,7 +154,8 @@ class PlannedReduction:
     def _removes_nothing(self, cut: Cut, chosen: Chosen) -> bool:
         """True where every token stays, whatever the input: in a program of static length and without padding."""
         sizes = (self.sites.tokens, cut.tokens, chosen.size)
-        return cut.valid is None and all(isinstance(size, int) for size in sizes) and chosen.size == cut.tokens
+        always_full = cut.valid is None and getattr(chosen, "valid", None) is None
+        return always_full and all(isinstance(size, int) for size in sizes) and chosen.size == cut.tokens
 
 
 def _current_space(walk: Walk, value: Value) -> tuple[TokenSpace, int]:
@@ -160,6 +169,11 @@ def _attention_source(walk: Walk, sites: Sites, space: TokenSpace, own: int) -> 
     """Return what reads a layer's attention in the current token space."""
 
     def attention(layer: int | None = None) -> AttentionView:
+        if not sites.layers:
+            walk.ctx.fail(
+                "the tokens behind the projector are not those that the tower's attention is about",
+                help="use a score or metric on `features`, or cut at `encoder_output` where the projector keeps tokens",
+            )
         block = sites.layers[own if layer is None else layer]
         site = block.attention
         if block.windowed is not None:
@@ -189,7 +203,11 @@ def _attention_source(walk: Walk, sites: Sites, space: TokenSpace, own: int) -> 
             b = walk.builder
             bias = b.unsqueeze(b.unsqueeze(bias, 1), 1)
             mask = bias if mask is None else _joined(walk, mask, bias)
-        return AttentionView(q, k, v, mask, 1.0 if site.scale is None else site.scale, probs)
+
+        def attended() -> Any:
+            return _canonical(walk, walk.env[walk.nodes[site.output]], space)
+
+        return AttentionView(q, k, v, mask, 1.0 if site.scale is None else site.scale, probs, attended)
 
     return attention
 

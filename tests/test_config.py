@@ -351,6 +351,8 @@ class TestRefused:
             ({"keep": 0.5, "inflection": 1}, "goes with `remove`"),
             ({"remove": 5, "inflection": 2}, "out of range"),
             ({"remove": 5, "ramp": {}}, "goes with `keep`"),
+            ({"remove": 5, "compound": True}, "goes with `keep`"),
+            ({"keep": 0.5, "compound": True, "ramp": {}}, "goes with `keep`"),
             ({"keep": 0.5, "ramp": {"warmup_layers": -1}}, "out of range"),
             ({"keep": 0.5, "ramp": {"warmup_fraction": 1}}, "out of range"),
             ({"keep": 0.5, "rounding": "up"}, "not accepted"),

@@ -62,5 +62,5 @@ def run_eager(
     """
     plan = plan_for(program, policy)
     with torch.no_grad():
-        _, outputs = reduce_walk(program, plan, EagerBuilder(), eager_inputs(program, inputs))
+        _, outputs = reduce_walk(program, plan, EagerBuilder(inputs), eager_inputs(program, inputs))
     return [getattr(value, "handle", value) for value in outputs.values], plan

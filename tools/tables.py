@@ -1,4 +1,7 @@
-"""Write the tables of README.md and docs/ from ``benchmarks/results``; ``--check`` says whether they are current."""
+"""Write the tables of README.md and docs/ from ``benchmarks/results``, and docs/presets.md from the library.
+
+``--check`` only says whether they are current.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a plain file
+
+from tools import presets_page
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -151,17 +158,24 @@ def render(name: str) -> str | None:
     return TABLES[name](json.loads(path.read_text(encoding="utf-8")))
 
 
+def pages() -> dict[str, str]:
+    """Return what each page with tables should hold."""
+    made = {presets_page.PAGE: presets_page.page()}
+    for name in PAGES:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        made[name] = re.sub(r"<!-- table:(\w+) -->(.*?)<!-- /table -->", _replaced, text, flags=re.DOTALL)
+    return made
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     outdated = []
-    for name in PAGES:
+    for name, made in pages().items():
         page = ROOT / name
-        text = page.read_text(encoding="utf-8")
-        made = re.sub(r"<!-- table:(\w+) -->(.*?)<!-- /table -->", _replaced, text, flags=re.DOTALL)
-        if made != text:
+        if not page.is_file() or page.read_text(encoding="utf-8") != made:
             outdated.append(name)
             if not options.check:
                 page.write_text(made, encoding="utf-8")

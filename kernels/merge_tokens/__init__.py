@@ -22,7 +22,8 @@ def merge_tokens(
         weight: ``[B, N]`` in the dtype of ``x``, or None for all ones.
         keep: int64 ``[B, K]``: the kept tokens, in output order.
         source: int64 ``[B, R]``: the tokens that are merged away, none of them kept.
-        slot: int64 ``[B, R]``: the kept token that each source joins, counted from the kept token ``first``.
+        slot: int64 ``[B, R]``: the kept token that each source joins, counted from the kept token ``first``. A source
+            whose slot lies behind the last kept token joins nothing.
         first: Kept tokens before these, which nothing joins.
         padded: Some weights may be 0 (padding).
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tokcc.ir.builder import Builder
+from tokcc.passes.cache.runs import run_from
 from tokcc.passes.cache.visible import slot_rank
 
 __all__ = ["LOWEST", "PROTECTED", "CacheCut", "Retained", "behind"]
@@ -69,6 +70,9 @@ class CacheCut:
         unturned: The queries before they are turned by their positions, for scores that look ahead; where the model
             does not turn them, the queries as they are.
         turn: Turns queries ``[B, any, S, D]`` by positions ``[B, S]``; None = the model does not turn them.
+        ids: The call's tokens, int64 ``[B, S]``; None = the model takes something else.
+        window: Slots that a query sees, its own included; 0 = all.
+        wide: The same with the tokens that are read beside the call's, which stand behind them; None = there are none.
     """
 
     b: Builder
@@ -97,6 +101,9 @@ class CacheCut:
     positions: Any = None
     unturned: Any = None
     turn: Callable[[Any, Any], Any] | None = None
+    ids: Any = None
+    window: int = 0
+    wide: CacheCut | None = None
 
     def turned(self, query: Any, positions: Any) -> Any:
         """Return queries ``[B, any, S, D]`` as they would be at other positions, int64 ``[B, S]``."""
@@ -168,7 +175,7 @@ class CacheCut:
         seen = b.logical_and(b.compare("le", slot, own), b.unsqueeze(self.real, 1))
         allowed = b.logical_or(seen, b.compare("eq", slot, own))  # [B, R, L]
         query = b.slice(self.query, 2, b.sub_sizes(self.new, rows), None)
-        return self._attend(query, rows, allowed, temperature)
+        return self.attend(query, rows, allowed, temperature)
 
     def probs_at(self, tokens: Any) -> Any:
         """Return the probabilities of some of the call's queries, fp32 ``[B, Hkv, G, R, L]``.
@@ -182,7 +189,7 @@ class CacheCut:
         seen = b.logical_and(b.compare("le", slot, own), b.unsqueeze(self.real, 1))
         allowed = b.logical_or(seen, b.compare("eq", slot, own))  # [B, R, L]
         query = b.call(aten.index_select.default, self.query, 2, tokens)
-        return self._attend(query, b.size(tokens, 0), allowed, None)
+        return self.attend(query, b.size(tokens, 0), allowed, None)
 
     def slots_of(self, tokens: Any) -> Any:
         """Return the slots of some of the call's tokens, int64 ``[R]``."""
@@ -195,10 +202,29 @@ class CacheCut:
             query: ``[B, H, R, D]``, turned.
             rows: R.
         """
-        return self._attend(query, rows, self.b.unsqueeze(self.real, 1), None)
+        return self.attend(query, rows, self.b.unsqueeze(self.real, 1), None)
 
-    def _attend(self, query: Any, rows: Any, allowed: Any, temperature: Any) -> Any:
-        """Softmax over the slots that are allowed, bool ``[B, R or 1, L]``."""
+    def attended(self, allowed: Any) -> Any:
+        """Return the values that the call's queries attend to, ``[B, H, S, Dv]``, written out.
+
+        Args:
+            allowed: bool ``[B, S, L]``: what each sees, its own slot excepted, which it always sees.
+        """
+        b = self.b
+        own = b.unsqueeze(run_from(b, self.slots(), 0, self.past, self.new), 1)  # [S, 1]
+        probs = self.attend(self.query, self.new, b.logical_or(allowed, b.compare("eq", self.slots(), own)), None)
+        made = b.matmul(b.cast(probs, b.dtype(self.value)), b.unsqueeze(self.value, 2))  # [B, Hkv, G, S, Dv]
+        return b.call(aten.flatten.using_ints, made, 1, 2)
+
+    def attend(self, query: Any, rows: Any, allowed: Any, temperature: Any) -> Any:
+        """Return the softmax of R queries over the slots that are allowed, fp32 ``[B, Hkv, G, R, L]``.
+
+        Args:
+            query: ``[B, H, R, D]``.
+            rows: R.
+            allowed: bool ``[B, R or 1, L]``.
+            temperature: Divides the logits; None = 1.
+        """
         b = self.b
         width = b.shape(query)[3]
         grouped = b.reshape(query, [b.size(query, 0), self.kv_heads, self.heads // self.kv_heads, rows, width])

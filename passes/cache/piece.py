@@ -25,6 +25,7 @@ class CacheScore(Piece):
         keeps_sinks: The first tokens win by their score and need no protection.
         by_key_norm: Rates by the length of keys, which says nothing where the model normalises them.
         looks_ahead: Turns queries to positions that are not their own: reads ``unturned`` and ``turned`` of the cut.
+        reads_beside: Rates with tokens that a caller gives beside the call's, too: reads ``wide`` of the cut.
     """
 
     states: ClassVar[tuple[str, ...]] = ()
@@ -32,6 +33,7 @@ class CacheScore(Piece):
     keeps_sinks: ClassVar[bool] = True
     by_key_norm: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
+    reads_beside: ClassVar[bool] = False
 
     def held(self) -> int:
         """Return how many entries, beside protected sinks, may have to stay until they can be rated."""

@@ -10,9 +10,13 @@ from tokcc.analysis.cache_sites import CacheSite
 from tokcc.analysis.rotation import Rotation
 from tokcc.config import LoadedPolicy
 from tokcc.passes.budget import Count
+from tokcc.passes.cache.cut import CacheCut
 from tokcc.passes.cache.piece import CacheReducer, CacheScore, CacheSelector
+from tokcc.passes.cache.rating import TokenRating
 from tokcc.passes.cache.storage import CacheForm, CacheStorage
 from tokcc.passes.cache.storages.merged import Merged
+from tokcc.passes.inputs import EngineInput, declared_inputs
+from tokcc.passes.prompt.plan import PlannedPrune, PromptPlan
 
 __all__ = ["WEIGHT", "CachePlan", "HeadGroup", "PlannedEviction", "PlannedStorage"]
 
@@ -65,6 +69,16 @@ class PlannedEviction:
         """Names of what travels beside keys and values."""
         return (*self.score.states, *([WEIGHT] if self.weighted else []))
 
+    def slots(self, cut: CacheCut) -> Any:
+        """Return how many slots stay after a call."""
+        b = cut.b
+        kept = self.select.capacity(cut, self.capacity)
+        if self.score.once:
+            # A single token of a running generation is appended: 2 - S is 1 then, and 0 for a prompt.
+            single = b.max_sizes(b.sub_sizes(2, cut.new), 0)
+            kept = b.add_sizes(kept, b.mul_sizes(single, 2**31))
+        return b.min_sizes(kept, cut.total)
+
     @property
     def length(self) -> tuple[Any, ...]:
         """What the length of the cache depends on: layers with equal ones have equally long caches."""
@@ -82,6 +96,8 @@ class PlannedStorage:
         name: Preset or node kind.
         where: Place in the policy.
         storage: How.
+        rating: Rates the tokens of a call, for storages that hold some better than others.
+        rotations: For storages that are `placed`, how the layer turns queries and keys.
     """
 
     step: int
@@ -89,6 +105,8 @@ class PlannedStorage:
     name: str
     where: str
     storage: CacheStorage
+    rating: TokenRating | None = None
+    rotations: tuple[Rotation, Rotation] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,9 @@ class HeadGroup:
         storage: How entries are held.
         window: Sliding window, 0 = none.
         form: What has to be held.
+        stage: How often the prompt got shorter in front of the layer.
+        rating: Rates the tokens of a call, for storages that hold some better than others.
+        rotations: How the layer turns queries and keys, where keys are held as they are before it does.
     """
 
     layer: int
@@ -112,11 +133,14 @@ class HeadGroup:
     storage: CacheStorage
     window: int
     form: CacheForm
+    stage: int = 0
+    rating: TokenRating | None = None
+    rotations: tuple[Rotation, Rotation] | None = None
 
     @property
     def length(self) -> tuple[Any, ...]:
         """What the length of the cache depends on."""
-        return self.window, self.eviction and self.eviction.length, self.storage
+        return self.window, self.eviction and self.eviction.length, self.storage, self.stage
 
     def name(self, part: str, direction: str = "past_key_values") -> str:
         """Return the public name of a tensor."""
@@ -139,6 +163,7 @@ class CachePlan:
         attention_mask: Name of the padding mask input, or None.
         warnings: What the report must say.
         last_token_outputs: Positions of the outputs that hold the last token's row only.
+        prompt: Where the prompt gets shorter between layers, or None.
     """
 
     policy: LoadedPolicy
@@ -151,11 +176,12 @@ class CachePlan:
     attention_mask: str | None = None
     warnings: tuple[str, ...] = ()
     last_token_outputs: tuple[int, ...] = ()
+    prompt: PromptPlan | None = None
 
     @property
     def changes(self) -> bool:
         """Whether caches are anything but whole."""
-        return bool(self.evictions or self.storages) or self.otherwise != Merged()
+        return bool(self.evictions or self.storages or self.prompt) or self.otherwise != Merged()
 
     @property
     def fixed(self) -> bool:
@@ -163,9 +189,22 @@ class CachePlan:
         return self.otherwise.always() is not None
 
     @property
-    def parts(self) -> tuple[PlannedEviction | PlannedStorage, ...]:
+    def reads_beside(self) -> bool:
+        """Whether tokens are read beside those of a call."""
+        return any(eviction.score.reads_beside for eviction in self.evictions)
+
+    @property
+    def inputs(self) -> tuple[EngineInput, ...]:
+        """What engines take beside the model's own inputs and what travels."""
+        given = dict.fromkeys(declared_inputs(eviction.score for eviction in self.evictions))
+        for planned in self.storages.values():
+            given |= dict.fromkeys(planned.storage.inputs())
+        return (*given, *(self.prompt.inputs if self.prompt else ()))
+
+    @property
+    def parts(self) -> tuple[PlannedEviction | PlannedStorage | PlannedPrune, ...]:
         """Everything that is done to single layers."""
-        return (*self.evictions, *self.storages.values())
+        return (*self.evictions, *self.storages.values(), *(self.prompt.prunes if self.prompt else ()))
 
     @property
     def token_bytes(self) -> int:
@@ -180,7 +219,7 @@ class CachePlan:
 
     def without_changes(self) -> CachePlan:
         """Return the plan that keeps everything that can still be seen, as it is."""
-        return replace(self, evictions=(), storages={}, otherwise=Merged(), warnings=())
+        return replace(self, evictions=(), storages={}, otherwise=Merged(), warnings=(), prompt=None)
 
     def of_layer(self, layer: int) -> tuple[PlannedEviction, ...]:
         """Return the evictions of a layer."""
@@ -203,14 +242,19 @@ class CachePlan:
             states = eviction.states if eviction else ()
             front = eviction is not None and eviction.reduce.fronted
             own = replace(form, kv_heads=len(heads), states=states, front=front)
-            yield HeadGroup(layer, number, heads, eviction, storage, self.windows[layer], own)
+            stage = 0 if self.prompt is None else self.prompt.stage(layer)
+            rating, rotations = (None, None) if planned is None else (planned.rating, planned.rotations)
+            if eviction is not None:
+                rotations = eviction.rotations
+            yield HeadGroup(layer, number, heads, eviction, storage, self.windows[layer], own, stage, rating, rotations)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the applied policy in the long form, with the layers and heads that were chosen: replayable."""
         data = self.policy.policy.to_dict()
         for number, step in enumerate(data["steps"]):
             layers = sorted({part.layer for part in self.parts if part.step == number})
-            if layers:
+            # A schedule has an entry for every layer, also for one where nothing goes.
+            if layers and len(step["budget"].get("schedule", layers)) == len(layers):
                 step["at"]["layers"] = layers
             mine = [eviction for eviction in self.evictions if eviction.step == number]
             if mine and step.get("heads"):

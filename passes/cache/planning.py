@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx
@@ -14,13 +14,18 @@ from tokcc.config import LoadedPolicy, PieceSpec, Step
 from tokcc.errors import PlanError, PolicyError
 from tokcc.ir.program import Program
 from tokcc.passes.budget import Count, resolve_budget
+from tokcc.passes.cache.beside import refuse_beside
 from tokcc.passes.cache.fixed_slots import fixed_slots
 from tokcc.passes.cache.head_choice import HeadChoice
 from tokcc.passes.cache.piece import CacheReducer, CacheScore, CacheSelector
 from tokcc.passes.cache.plan import CachePlan, PlannedEviction, PlannedStorage
 from tokcc.passes.cache.storage import CacheForm, CacheStorage
 from tokcc.passes.cache.storages.merged import Merged
+from tokcc.passes.cache.storing import add_storages, key_rotations, no_such_layer, refuse_changes
+from tokcc.passes.inputs import refuse_taken_names
 from tokcc.passes.piece import resolve_piece
+from tokcc.passes.prompt.planning import make_prompt_plan
+from tokcc.passes.trained import with_weights
 
 __all__ = ["make_cache_plan"]
 
@@ -39,21 +44,24 @@ def make_cache_plan(policy: LoadedPolicy, program: Program, sites: tuple[CacheSi
     evictions: list[PlannedEviction] = []
     storages: dict[int, PlannedStorage] = {}
     warnings: list[str] = []
+    prompt = make_prompt_plan(policy, program, sites, windows)
     for number, step in enumerate(policy.policy.steps):
+        if step.node == "prune":
+            continue
         if step.node == "store_kv":
-            warnings += _add_storages(policy, number, step, forms, windows, storages)
+            warnings += add_storages(policy, number, step, program, sites, forms, windows, storages)
             continue
         for eviction in _plan_step(policy, number, step, program, sites, forms, windows, warnings):
             _refuse_overlap(policy, number, eviction, evictions)
             evictions.append(eviction)
     evictions.sort(key=lambda eviction: (eviction.layer, eviction.step))
-    _refuse_changes(evictions, storages)
+    refuse_changes(evictions, storages)
     warnings += _doubts(program, sites, evictions)
     attention_mask = mask_input(program, sites)
     otherwise: CacheStorage = Merged()
     if policy.policy.kv.layout == "slots":
         otherwise = fixed_slots(policy, forms, windows, evictions, storages, attention_mask)
-    return CachePlan(
+    plan = CachePlan(
         policy,
         sites,
         forms,
@@ -64,7 +72,33 @@ def make_cache_plan(policy: LoadedPolicy, program: Program, sites: tuple[CacheSi
         attention_mask=attention_mask,
         warnings=tuple(dict.fromkeys(warnings)),
         last_token_outputs=tuple(_last_token_outputs(policy, program, sites)),
+        prompt=prompt,
     )
+    refuse_taken_names(program, plan.inputs)
+    _refuse_shorter_prompts(plan)
+    return plan
+
+
+def _refuse_shorter_prompts(plan: CachePlan) -> None:
+    """Refuse what reads all tokens of a call in every layer where some are taken out between layers."""
+    readers = [(e.name, e.where) for e in plan.evictions if e.score.reads_beside]
+    readers += [(s.name, s.where) for s in plan.storages.values() if s.rating is not None or s.storage.placed]
+    if plan.prompt is not None and readers:
+        name, where = readers[0]
+        raise PlanError(
+            f"`{name}` reads all tokens of a call in every layer, and another step takes some out between layers",
+            policy=where,
+            help="leave the `prune` steps out",
+        )
+    for eviction in plan.evictions if plan.prompt is not None else ():
+        turns = eviction.rotations is not None or eviction.score.looks_ahead
+        if turns and plan.prompt is not None and plan.prompt.stage(eviction.layer):
+            raise PlanError(
+                f"`{eviction.name}` turns queries or keys itself, and another step takes tokens out in front of layer"
+                f" {eviction.layer}",
+                policy=eviction.where,
+                needed="layers in front of the cut, or a method that leaves keys as they are",
+            )
 
 
 def _forms(program: Program, sites: Sequence[CacheSite]) -> tuple[CacheForm, ...]:
@@ -85,102 +119,6 @@ def _refuse_overlap(
                 found=f"the other is {other.where}",
                 help="give the steps different layers, or different `heads`",
             )
-
-
-def _refuse_changes(evictions: Sequence[PlannedEviction], storages: Mapping[int, PlannedStorage]) -> None:
-    """Refuse what a storage cannot hold."""
-    for eviction in evictions:
-        planned = storages.get(eviction.layer)
-        if planned is None:
-            continue
-        if not planned.storage.evicts:
-            raise PlanError(
-                f"nothing can be evicted from a cache that `{planned.name}` holds",
-                policy=eviction.where,
-                found=f"both in layer {eviction.layer}",
-                help="use one of the two, or give them different layers",
-            )
-        if eviction.reduce.changes and not planned.storage.as_they_are:
-            raise PlanError(
-                f"`{eviction.name}` changes entries, and `{planned.name}` rounds each of them once",
-                policy=eviction.where,
-                found=f"both in layer {eviction.layer}",
-                help="use a method that only drops entries",
-            )
-
-
-def _add_storages(
-    policy: LoadedPolicy,
-    number: int,
-    step: Step,
-    forms: Sequence[CacheForm],
-    windows: Sequence[int],
-    storages: dict[int, PlannedStorage],
-) -> Sequence[str]:
-    """Add the storages of a step and return warnings."""
-    place = policy.where(("steps", number, "store"))
-    if step.store is None:
-        raise PolicyError(
-            "`node: store_kv` needs a storage",
-            policy=policy.where(("steps", number)),
-            help="add for instance `store: {kind: codes, bits: 8}`",
-        )
-    storage: CacheStorage = resolve_piece(step.store, CacheStorage, "cache.storages", place)
-    if storage.always() is not None:
-        raise PolicyError(
-            f"`{step.store.kind}` is a layout of all caches, and nothing for single layers",
-            policy=place,
-            help=f"write `kv: {{layout: {step.store.kind}}}` beside `steps`",
-        )
-    try:
-        layers = step.at.resolve(len(forms))
-    except ValueError as error:
-        raise _no_such_layer(policy, number, error, len(forms)) from error
-    sliding = [layer for layer in layers if windows[layer] and not storage.evicts]
-    if sliding and len(sliding) == len(layers):
-        raise PlanError(
-            f"every chosen layer has a sliding window, and nothing can be taken out of what `{step.name}` holds",
-            policy=place,
-            needed="layers that see the whole sequence, or a storage such as `codes`",
-        )
-    for layer in layers:
-        if layer in sliding:
-            continue
-        if layer in storages:
-            raise PolicyError(
-                f"two steps say how the cache of layer {layer} is held",
-                policy=policy.where(("steps", number)),
-                found=f"the other is {storages[layer].where}",
-                help="give the steps different layers",
-            )
-        try:
-            storage.check(forms[layer])
-        except ValueError as error:
-            raise PlanError(
-                f"`{step.name}` cannot hold the cache of layer {layer}", policy=place, needed=str(error)
-            ) from error
-        storages[layer] = PlannedStorage(number, layer, step.name, policy.where(("steps", number)), storage)
-    warnings = []
-    if not storage.as_they_are:
-        warnings.append(
-            f"`{step.name}` holds caches in tensors of its own: `tokcc run` and callers that feed every output back can"
-            " use them; optimum and onnxruntime-genai begin with keys and values as wide as a head"
-        )
-    if sliding:
-        listed = ", ".join(map(str, sliding))
-        warnings.append(
-            f"layers {listed} have sliding windows, out of which entries fall: `{step.name}` leaves them as they are"
-        )
-    return warnings
-
-
-def _no_such_layer(policy: LoadedPolicy, number: int, error: ValueError, layers: int) -> PlanError:
-    return PlanError(
-        str(error),
-        policy=policy.where(("steps", number, "at", "layers")),
-        needed=f"layers between 0 and {layers - 1}: the model has {layers}",
-        help="`tokcc inspect MODEL` lists the layers",
-    )
 
 
 def _last_token_outputs(policy: LoadedPolicy, program: Program, sites: Sequence[CacheSite]) -> Iterator[int]:
@@ -219,10 +157,10 @@ def _plan_step(
         raise PlanError(
             f"`{step.node}` steps are not available for decoders in this version of tokcc",
             policy=policy.where(("steps", number, "node")),
-            needed="evict_kv or store_kv",
+            needed="prune, evict_kv or store_kv",
         )
     layers = _layers(policy, number, step, windows, warnings)
-    score, select, reduce = _pieces(policy, number, step)
+    score, select, reduce = _with_weights(policy, number, _pieces(policy, number, step), forms)
     counts = _capacities(policy, number, step, layers, len(windows))
     heads = _heads(policy, number, step, forms, windows)
     for layer, count in zip(layers, counts, strict=True):
@@ -246,8 +184,12 @@ def _plan_step(
                 needed=f"a capacity of at least {least}: {sinks} sinks and {least - sinks} recent tokens",
                 found=str(fixed),
             )
-        rotations = _rotations(policy, number, program, sites[layer]) if step.positions == "compact" else None
+        rotations = None
+        if step.positions == "compact":
+            rotations = key_rotations(program, sites[layer], policy.where(("steps", number, "positions")))
         turn = _query_rotation(program, sites[layer]) if score.looks_ahead else None
+        if score.reads_beside:
+            refuse_beside(program, where, step.name)
         chosen = None if heads is None or len(heads[layer]) == forms[layer].kv_heads else heads[layer]
         yield PlannedEviction(
             number, layer, step.name, where, count, sinks, recent, score, select, reduce, rotations, chosen, turn
@@ -278,21 +220,6 @@ def _query_rotation(program: Program, site: CacheSite) -> Rotation | None:
     return find_rotation(program, query)
 
 
-def _rotations(policy: LoadedPolicy, number: int, program: Program, site: CacheSite) -> tuple[Rotation, Rotation]:
-    nodes = {node.name: node for node in program.graph.nodes}
-    query, key = (find_rotation(program, nodes[name]) for name in (site.query, site.new_key))
-    if query is None or key is None:
-        raise PlanError(
-            f"the positions of layer {site.layer} cannot be counted anew",
-            policy=policy.where(("steps", number, "positions")),
-            node=site.query if query is None else site.new_key,
-            needed="queries and keys that are turned by position (rotary embeddings) just before the cache",
-            found="keys that depend on the positions in another way, or not at all",
-            help="use `positions: keep`",
-        )
-    return query, key
-
-
 def _layers(
     policy: LoadedPolicy, number: int, step: Step, windows: Sequence[int], warnings: list[str]
 ) -> tuple[int, ...]:
@@ -300,7 +227,7 @@ def _layers(
     try:
         layers = step.at.resolve(len(windows))
     except ValueError as error:
-        raise _no_such_layer(policy, number, error, len(windows)) from error
+        raise no_such_layer(policy, number, error, len(windows)) from error
     sliding = [layer for layer in layers if windows[layer]]
     if sliding and len(sliding) == len(layers):
         raise PlanError(
@@ -336,6 +263,22 @@ def _capacities(
             needed="`tokens`, `keep`, `schedule` or `kv`",
         )
     return counts
+
+
+def _with_weights(
+    policy: LoadedPolicy,
+    number: int,
+    pieces: tuple[CacheScore, CacheSelector, CacheReducer],
+    forms: Sequence[CacheForm],
+) -> tuple[CacheScore, CacheSelector, CacheReducer]:
+    """Read the weights of trained pieces."""
+    sizes = {"heads": forms[0].kv_heads, "head_width": forms[0].key_width, "layers": len(forms)}
+    score, select, reduce = pieces
+    return (
+        with_weights(score, sizes, folder=policy.folder, where=policy.where(("steps", number, "score"))),
+        with_weights(select, sizes, folder=policy.folder, where=policy.where(("steps", number, "select"))),
+        with_weights(reduce, sizes, folder=policy.folder, where=policy.where(("steps", number, "reduce"))),
+    )
 
 
 def _pieces(policy: LoadedPolicy, number: int, step: Step) -> tuple[CacheScore, CacheSelector, CacheReducer]:

@@ -13,16 +13,24 @@ from tokcc.analysis.cache_sites import CacheSite
 from tokcc.ir.builder import GraphBuilder
 from tokcc.ir.edit import fake_mode_of
 from tokcc.ir.program import PassResult, Program
-from tokcc.passes.cache.cut import LOWEST, CacheCut, behind
+from tokcc.passes.cache.beside import TOKENS, Beside
+from tokcc.passes.cache.cut import CacheCut, behind
 from tokcc.passes.cache.plan import WEIGHT, CachePlan, HeadGroup, PlannedEviction
-from tokcc.passes.cache.storage import Front, Held, Left, Stored
+from tokcc.passes.cache.runs import run_from
+from tokcc.passes.cache.storage import Left, Stored
 from tokcc.passes.cache.visible import real_slots, slot_rank
+from tokcc.passes.cache.weighing import front_row, slot_weights
 from tokcc.passes.outputs import OutputPlan
+from tokcc.passes.prompt.reduction import prompt_actions
+from tokcc.passes.prompt.stream import PromptStream
 from tokcc.passes.propagate import finish
 
-__all__ = ["RebuildCaches"]
+__all__ = ["ATTEND", "RebuildCaches"]
 
 aten = torch.ops.aten
+
+ATTEND = "attend"
+"""Label of an attention that is written out, before `@` and its layer."""
 
 
 @dataclass(frozen=True)
@@ -60,32 +68,66 @@ class _Rebuild:
         self.left: dict[str, Any] = {}  # public name of an output -> handle
         self.named: dict[str, str] = {}  # placeholder -> public name
         self._sizes: dict[tuple[Any, ...], Any] = {}
+        self.prompt = self._prompt_stream()
+        self.ids: Any = None
+        self.beside: Beside | None = None
 
     def run(self) -> Program:
         """Copy what the outputs need, with the caches' attention in its new form."""
         specs = self._inputs()
+        self.ids = next((self.env[n] for n in self.program.user_inputs if self.program.public_name(n) == TOKENS), None)
+        if self.plan.reads_beside:
+            self.beside = Beside.of(self.b, self.program, self.plan.attention_mask, self.env)
+            self.env |= self.beside.joined
         for node in self._needed():
             site = self.by_output.get(node.name)
             if site is not None:
                 self.b.scope = node
                 self.env[node] = self._attend(site)
-            elif node.op == "call_function":
-                operands: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n])
-                args, kwargs = operands
+                if self.prompt is not None:
+                    self.prompt.attended(site, self.env[node])
+            elif node.op == "call_function" and self.prompt is not None:
                 self.b.scope = node
+                self.env[node] = self.prompt.visit(node)
+            elif node.op == "call_function":
+                self.b.scope = node
+                reader = node
+                operands: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: self._read(n, reader))  # noqa: B023
+                args, kwargs = operands
                 self.env[node] = self.b.call(node.target, *args, **kwargs)
         values, names = [], []
         pairs = self._pairs()
         places = {position: i for i, position in enumerate(self.program.user_output_positions)}
         for position, value in enumerate(self.program.output_values):
             public = pairs.get(position)
-            values.append(self.env[value] if public is None else self.left.pop(public))
+            if public is not None:
+                values.append(self.left.pop(public))
+            elif self.prompt is not None and position not in self.plan.last_token_outputs:
+                values.append(self.prompt.whole(value))
+            else:
+                values.append(self._read(value, self.program.output_node))
             if position in places:
                 names.append(self.program.output_names[places[position]] if public is None else public)
         # In the order of the inputs: runtimes pair inputs and outputs by their order.
         values += self.left.values()
         outputs = OutputPlan((*names, *self.left), (), values=tuple(values))
         return finish(self.program, self.b, outputs, inputs=specs, input_names=self.named)
+
+    def _prompt_stream(self) -> PromptStream | None:
+        """Return the walk that copies nodes where the prompt gets shorter between layers."""
+        plan = self.plan
+        if plan.prompt is None or plan.attention_mask is None:
+            return None
+        outputs = set(range(len(self.program.output_values))) - set(self._pairs()) - set(plan.last_token_outputs)
+        actions = prompt_actions(plan.prompt, restored=bool(outputs))
+        return PromptStream(self.program, self.b, plan.prompt, actions, plan.sites, plan.attention_mask)
+
+    def _read(self, node: fx.Node, reader: fx.Node) -> Any:
+        """Return what a node reads; the heads of outputs know nothing of tokens that are read beside."""
+        handle = self.env[node]
+        if self.beside is None or self.beside.reads.get(reader) is not node:
+            return handle
+        return self.beside.own(self.b, handle, 1)
 
     def _pairs(self) -> dict[int, str]:
         """Return what takes the place of the model's own cache outputs: the first group's keys and values."""
@@ -111,6 +153,8 @@ class _Rebuild:
                 stored = next(item for item in group.storage.tensors(group.form) if item.name == part)
                 copied.meta["val"] = self._empty(group, stored, copied.meta["val"])
                 self._register(group, part, copied)
+            if self.prompt is not None:
+                self.prompt.hold(node, copied)
         specs = []
         for site in self.plan.sites:
             like = self.env[self.nodes[site.past_key]].meta["val"]
@@ -164,8 +208,9 @@ class _Rebuild:
     def _operands(self, site: CacheSite) -> list[fx.Node]:
         """Return what the attention of a layer reads: what is turned again is read before it is turned, too."""
         operands = [self.nodes[name] for name in (site.query, site.new_key, site.new_value)]
-        for eviction in self.plan.of_layer(site.layer):
-            for rotation in (*(eviction.rotations or ()), *([eviction.turn] if eviction.turn else ())):
+        for group in self.groups[site.layer]:
+            ahead = group.eviction.turn if group.eviction else None
+            for rotation in (*(group.rotations or ()), *([ahead] if ahead else ())):
                 operands += [rotation.source, rotation.positions, *rotation.outside]
         return operands
 
@@ -203,7 +248,7 @@ class _Rebuild:
             self._heads(self.env[self.nodes[name]], group, kv_heads)
             for name in (site.query, site.new_key, site.new_value)
         )
-        rotations = None if eviction is None else eviction.rotations
+        rotations = group.rotations
         if rotations is not None:
             query, new_key = (self._heads(self.env[r.source], group, kv_heads) for r in rotations)
         tensors: dict[str, Any] = {
@@ -216,29 +261,37 @@ class _Rebuild:
             query, new_key = (self._times(x, basis[0]) for x in (query, new_key))
             new_value = self._times(new_value, basis[1])
         before = [held.key, held.value]
-        front = None if held.front is None else self._front(held.front)
+        front = None if held.front is None else front_row(b, held.front)
         if front is not None:
             before = [b.cat([front.key, held.key], 2), b.cat([front.value, held.value], 2)]
         # One node for one size, so that layers of equal length share their masks.
         slots = b.add_sizes(b.size(held.key, 2), int(front is not None))
         past = self._sizes.setdefault((group.length, "past"), slots)
-        new = self._sizes.setdefault(("new",), b.size(query, 2))
+        new = self._sizes.setdefault(("new", group.stage), b.size(query, 2))
         total = b.add_sizes(past, new)
         key, value = b.cat([before[0], new_key], 2), b.cat([before[1], new_value], 2)
         mask = None if self.plan.attention_mask is None else self.env[self.nodes[self.plan.attention_mask]]
-        real = real_slots(b, mask, past, new, query)
+        real = real_slots(b, mask, past, new, query, **(self._shortened(group) if group.stage else {}))
         if held.real is not None:
             real = b.cat([held.real, b.slice(real, 1, past, None)], 1)
         stored_key = key
+        arranged = None
         if rotations is not None:
-            place = b.call(aten.clamp_min.default, slot_rank(b, real), 0)  # [B, L]
+            if held.arranged is None:
+                place = b.call(aten.clamp_min.default, slot_rank(b, real), 0)  # [B, L]
+            else:
+                fresh = run_from(b, real, 1, past, new)
+                arranged = group.storage.arranged(b, held, self.env[rotations[0].positions], fresh)
+                place = arranged.places
             query = rotations[0].replay(b.call, query, b.slice(place, 1, past, None), self.env)
             key = rotations[1].replay(b.call, key, place, self.env)
-        weight, bias = self._weights(held, front, query)
-        op = torch.ops.tokcc.cached_attention.default
-        extra = () if bias is None else (bias,)
-        both = b.call(op, query, key, value, real, group.window, site.scale, site.softcap, *extra)
-        out, received = b.parts(both, 2)
+        weight, bias = slot_weights(b, held, front, query)
+        out = received = None
+        if arranged is None:
+            op = torch.ops.tokcc.cached_attention.default
+            extra = () if bias is None else (bias,)
+            both = b.call(op, query, key, value, real, group.window, site.scale, site.softcap, *extra)
+            out, received = b.parts(both, 2)
         cut = CacheCut(
             b=b,
             layer=site.layer,
@@ -261,8 +314,22 @@ class _Rebuild:
             budget=None if eviction is None else eviction.capacity,
             weight=weight,
             bias=bias,
+            ids=self.ids,
+            window=group.window,
         )
-        left = Left(stored_key, value, held.states, new_key, new_value, real, past, new, cut=cut)
+        if self.beside is not None:
+            with b.inserting(f"lookahead@{site.layer}"):
+                cut, stored_key = self.beside.narrowed(cut, stored_key)
+                new_key, new_value = (self.beside.own(b, x, 2) for x in (new_key, new_value))
+                key, value, query, real = cut.key, cut.value, cut.query, cut.real
+                new, total = cut.new, cut.total
+        if arranged is not None:
+            with b.inserting(f"{ATTEND}@{site.layer}"):
+                out = cut.attended(arranged.allowed)
+        left = Left(stored_key, value, held.states, new_key, new_value, real, past, new, cut=cut, arranged=arranged)
+        if group.rating is not None:
+            with b.inserting(f"rate@{site.layer}"):
+                left = replace(left, rating=group.rating.emit(cut))
         if eviction is not None:
             with b.inserting(f"{eviction.name}@{site.layer}"):
                 cut = replace(cut, **self._looking_ahead(eviction, group, kv_heads, query))
@@ -278,6 +345,11 @@ class _Rebuild:
             self.left[group.name(stored.name, "present")] = written[stored.name]
         return out if basis is None else self._times(out, basis[1].T)
 
+    def _shortened(self, group: HeadGroup) -> dict[str, Any]:
+        """Return what tells padding where a layer sees only some tokens of the call."""
+        assert self.prompt is not None
+        return {"call": self.prompt.call_size, "fresh": self.prompt.facts["real"], "gone": self.prompt.gone}
+
     def _times(self, x: Any, matrix: torch.Tensor) -> Any:
         """Multiply ``[B, heads, S, D]`` by a constant ``[D, D]``."""
         weight = self.b.constant("basis", matrix.T.contiguous().to(self.b.dtype(x)))
@@ -290,30 +362,14 @@ class _Rebuild:
         rotation = eviction.turn
         if rotation is None:
             return {"unturned": query}
+        unturned, positions = self._heads(self.env[rotation.source], group, kv_heads), self.env[rotation.positions]
+        if self.beside is not None:
+            unturned, positions = self.beside.own(self.b, unturned, 2), self.beside.own(self.b, positions, 1)
         return {
-            "unturned": self._heads(self.env[rotation.source], group, kv_heads),
-            "positions": self.env[rotation.positions],
+            "unturned": unturned,
+            "positions": positions,
             "turn": lambda x, positions: rotation.replay(self.b.call, x, positions, self.env),
         }
-
-    def _front(self, front: Front) -> Front:
-        """Return the entry in front as one row: before the first call it is all zeros, of no weight."""
-        b = self.b
-        weight = b.sum(front.weight, 2, keepdim=True)  # [B, Hkv, 1]
-        return Front(b.sum(front.key, 2, keepdim=True), b.sum(front.value, 2, keepdim=True), weight)
-
-    def _weights(self, held: Held, front: Front | None, query: Any) -> tuple[Any, Any]:
-        """Return how many tokens each slot stands for, fp32 ``[B, Hkv, L]``, and the logarithm; None = one each."""
-        b, known = self.b, held.states.get(WEIGHT)
-        if known is None and front is None:
-            return None, None
-        batch, heads = b.size(held.key, 0), int(b.shape(held.key)[1])
-        if known is None:
-            known = b.full([batch, heads, b.size(held.key, 2)], 1.0, torch.float32, query)
-        parts = [known, b.full([batch, heads, self._sizes["new",]], 1.0, torch.float32, query)]
-        weight = b.cat(parts if front is None else [front.weight, *parts], 2)
-        gone = b.compare("le", weight, 0.0)
-        return weight, b.where(gone, LOWEST, b.log(b.clamp_min(weight, 1e-6)))
 
     def _evict(self, eviction: PlannedEviction, cut: CacheCut, stored_key: Any, left: Left, always: int | None) -> Left:
         """Let the pieces of an eviction work; an entry in front is for the reducer alone."""
@@ -322,7 +378,7 @@ class _Rebuild:
         if eviction.reduce.fronted:
             cut = behind(cut, 1)
         # A storage of fixed length has as many from the first call on.
-        cut.capacity = whole.capacity = _capacity(cut, eviction) if always is None else always
+        cut.capacity = whole.capacity = eviction.slots(cut) if always is None else always
         if eviction.score.once:
             cut.decides = whole.decides = cut.is_text()
         score = eviction.score.emit(cut)
@@ -336,14 +392,3 @@ class _Rebuild:
             assert weight is not None, "a weighted piece gives no weight"
             states[WEIGHT] = weight
         return replace(left, key=made.key, value=made.value, states=states, index=retained.index, front=made.front)
-
-
-def _capacity(cut: CacheCut, eviction: PlannedEviction) -> Any:
-    """Slots that stay."""
-    b = cut.b
-    kept = eviction.select.capacity(cut, eviction.capacity)
-    if eviction.score.once:
-        # A single token of a running generation is appended: 2 - S is 1 then, and 0 for a prompt.
-        single = b.max_sizes(b.sub_sizes(2, cut.new), 0)
-        kept = b.add_sizes(kept, b.mul_sizes(single, 2**31))
-    return b.min_sizes(kept, cut.total)

@@ -8,7 +8,7 @@ import torch
 
 from tokcc.ir.builder import Builder
 
-__all__ = ["run_of"]
+__all__ = ["run_from", "run_of"]
 
 
 def run_of(b: Builder, x: Any, axis: int, start: Any, stop: Any) -> Any:
@@ -21,3 +21,12 @@ def run_of(b: Builder, x: Any, axis: int, start: Any, stop: Any) -> Any:
         return x
     end = b.size(x, axis) if stop is None else stop
     return b.call(torch.ops.aten.index_select.default, x, axis, b.arange(end, x, start=start))
+
+
+def run_from(b: Builder, x: Any, axis: int, start: Any, count: Any) -> Any:
+    """Return ``count`` slots of one axis from ``start`` on.
+
+    Its length is ``count`` itself, and no difference of sizes that torch would have to prove equal to it.
+    """
+    place = b.call(torch.ops.aten.add.Scalar, b.arange(count, x), start)
+    return b.call(torch.ops.aten.index_select.default, x, axis, place)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,9 +10,10 @@ import torch
 
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.cut import CacheCut
+from tokcc.passes.inputs import EngineInput
 from tokcc.passes.piece import Piece
 
-__all__ = ["CacheForm", "CacheStorage", "Front", "Held", "Left", "Stored"]
+__all__ = ["Arrangement", "CacheForm", "CacheStorage", "Front", "Held", "Left", "Stored"]
 
 aten = torch.ops.aten
 
@@ -75,6 +76,21 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Arrangement:
+    """Where entries stand and what they belong to.
+
+    Attributes:
+        places: True positions, int64 ``[B, N]``.
+        segments: Numbers of segments, int64 ``[B, N]``; -1 = padding.
+        allowed: bool ``[B, S, L]``: what each query of a call sees, but for itself.
+    """
+
+    places: Any
+    segments: Any
+    allowed: Any = None
+
+
+@dataclass(frozen=True)
 class Held:
     """The entries of a cache before a call.
 
@@ -85,6 +101,7 @@ class Held:
         front: The entry before them, where the form has one.
         real: bool ``[B, P]``: entries that are not padding, from storages that change their order; None = they are in
             the order of the sequence.
+        arranged: Where they stand, from storages that are `placed`.
     """
 
     key: Any
@@ -92,6 +109,7 @@ class Held:
     states: dict[str, Any] = field(default_factory=dict)
     front: Front | None = None
     real: Any = None
+    arranged: Arrangement | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +132,8 @@ class Left:
         start: First slot of that run.
         cut: The call before anything was evicted, for storages that rate entries themselves.
         front: The entry before them, of one row, where the form has one.
+        arranged: Where all of them stand, for storages that are `placed`.
+        rating: fp32 ``[B, 1, S]``: how important the call's tokens are, for storages that are `rated`.
     """
 
     key: Any
@@ -128,6 +148,8 @@ class Left:
     start: Any = 0
     cut: CacheCut | None = None
     front: Front | None = None
+    arranged: Arrangement | None = None
+    rating: Any = None
 
     def take(self, b: Builder, x: Any) -> Any:
         """Return what stays of ``[B, Hkv, P + S, ...]``."""
@@ -142,10 +164,15 @@ class CacheStorage(Piece):
     Attributes:
         as_they_are: Entries may be changed by a reducer: it stores whatever it is given.
         evicts: Entries may be taken out.
+        placed: Entries say where they stand and what they belong to: they may lie in any order, and callers may put
+            caches of texts that were read apart behind each other. For all layers or none.
+        rated: Holds some tokens better than others, by what the step's `score` says of them: reads ``rating``.
     """
 
     as_they_are: ClassVar[bool] = False
     evicts: ClassVar[bool] = True
+    placed: ClassVar[bool] = False
+    rated: ClassVar[bool] = False
 
     def check(self, form: CacheForm) -> None:
         """Refuse a cache that cannot be held this way.
@@ -163,6 +190,21 @@ class CacheStorage(Piece):
         """
         del form
         return None
+
+    def inputs(self) -> Sequence[EngineInput]:
+        """Return the inputs that it reads besides what travels."""
+        return ()
+
+    def arranged(self, b: Builder, held: Held, positions: Any, real: Any) -> Arrangement:
+        """Return where all entries of a call stand, and what its queries see, for storages that are `placed`.
+
+        Args:
+            b: The builder.
+            held: What was there.
+            positions: True positions of the call's tokens, int ``[B, S]``.
+            real: bool ``[B, S]``: which are no padding.
+        """
+        raise NotImplementedError
 
     def always(self) -> int | None:
         """Return how many entries it holds before and after every call; None = as many as there are."""

@@ -11,7 +11,17 @@ from tokcc.ir.builder import Builder
 __all__ = ["real_slots", "slot_rank"]
 
 
-def real_slots(b: Builder, attention_mask: Any, past: Any, new: Any, like: Any) -> Any:
+def real_slots(
+    b: Builder,
+    attention_mask: Any,
+    past: Any,
+    new: Any,
+    like: Any,
+    *,
+    call: Any = None,
+    fresh: Any = None,
+    gone: int = 0,
+) -> Any:
     """Return bool ``[B, L]``: slots that are not padding.
 
     Padding stands in front of a row (left padding) and is evicted first, and kept entries stay in order: what is left
@@ -24,16 +34,22 @@ def real_slots(b: Builder, attention_mask: Any, past: Any, new: Any, like: Any) 
         past: P.
         new: S.
         like: A tensor ``[B, ...]`` for batch and device.
+        call: Tokens of the whole call, where the layer sees only S of them; None = S.
+        fresh: bool ``[B, S]``: which of those are real; None = the mask says.
+        gone: Real tokens of the first call that never came into this cache.
     """
     if attention_mask is None:
         return b.full([b.size(like, 0), b.add_sizes(past, new)], True, torch.bool, like)
     mask = b.cast(attention_mask, torch.int64)
-    split = b.sub_sizes(b.size(attention_mask, 1), new)
+    split = b.sub_sizes(b.size(attention_mask, 1), new if call is None else call)
     before = b.sum(b.slice(mask, 1, 0, split), 1, keepdim=True)  # [B, 1] real tokens of earlier calls
+    if gone:
+        before = b.sub(before, gone)
+    if fresh is None:
+        fresh = b.compare("gt", b.slice(mask, 1, split, None), 0)
     # Slot j of P is real when P - j <= before: the newest `before` slots.
     age = b.add(b.call(torch.ops.aten.flip.default, b.arange(past, like), [0]), 1)  # [P]: P, ..., 1
     known = b.compare("le", age, before)  # [B, P]
-    fresh = b.compare("gt", b.slice(mask, 1, split, None), 0)
     return b.cat([known, fresh], 1)
 
 

@@ -21,7 +21,7 @@ def load_presets(folder: Path) -> dict[str, Preset]:
     Raises:
         PolicyError: A file is not a valid preset.
     """
-    presets = (load_preset(path) for path in sorted(folder.glob("*.yaml")))
+    presets = (load_preset(path) for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem))
     return {preset.name: preset for preset in presets}
 
 

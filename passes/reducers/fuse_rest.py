@@ -34,7 +34,12 @@ class FuseRest(Reducer):
         b = cut.b
         if chosen.score is None or len(b.shape(chosen.index)) == 1:
             cut.ctx.fail("`fuse_rest` needs a selection by score", help="use `select: {kind: topk}` with a score")
-        dtype, real = b.dtype(chosen.score), cut.valid
+        if chosen.by_input and not self._has_room(cut, chosen):
+            cut.ctx.fail(
+                "the input decides how many tokens stay, and there is no slot for the fused one",
+                needed="a static number of tokens, and a budget that leaves fewer slots than there are tokens",
+            )
+        dtype, real = b.dtype(chosen.score), None if chosen.valid is None else cut.present()
         # 1 where dropped. An empty slot keeps nothing: what it points at is fused like the rest.
         gone = b.call(aten.ones_like.default, chosen.score) if chosen.valid is None else b.cast(real, dtype)
         kept = b.full([cut.batch.size, chosen.size], 0.0, dtype, cut.x)
@@ -69,6 +74,10 @@ class FuseRest(Reducer):
             rest = b.sum(b.mul(b.cast(cut.space.weight, dtype), gone), 1, keepdim=True)
             child.weight, child.bias = joined(own, b.cast(rest, b.dtype(own))), cut.space.bias
         return joined(take(cut, cut.x, chosen.index), fused)
+
+    def _has_room(self, cut: Cut, chosen: Kept) -> bool:
+        sizes = (chosen.size, cut.tokens)
+        return all(isinstance(size, int) for size in sizes) and bool(chosen.size < cut.tokens)
 
     def _places(self, cut: Cut, chosen: Kept, gone: Any) -> tuple[Any, Any]:
         """Return where the kept tokens and the fused one stand in side tensors (masks, position bias).

@@ -14,7 +14,7 @@ from tokcc.ir.value import Value
 from tokcc.passes.cut import Cut, Matched
 from tokcc.passes.piece import Reducer
 
-__all__ = ["WeightedMean"]
+__all__ = ["WeightedMean", "assignment"]
 
 
 class WeightedMean(Reducer):
@@ -35,10 +35,10 @@ class WeightedMean(Reducer):
         """See :class:`WeightedMean`."""
         b = cut.b
         weight = chosen.weight if chosen.weight is not None else cut.space.weight
-        padded = cut.valid is not None
+        padded = chosen.weight is not None
         dtype = b.dtype(cut.x)
         if not self.track_size:
-            weight = cut.valid  # only padding counts differently
+            weight = cut.present() if padded else None  # only padding counts differently
         if weight is not None:
             weight = b.cast(weight, dtype)
         both = _merge(b, cut.x, weight, chosen, padded=padded)
@@ -46,9 +46,10 @@ class WeightedMean(Reducer):
         child.size, child.index, child.valid = chosen.size, chosen.keep, chosen.valid
         child.ascending = chosen.ascending
         if self.track_size:
-            child.weight = total
+            # An empty slot may point at a token that was merged away, which counts elsewhere.
+            child.weight = b.mul(total, b.cast(chosen.valid, b.dtype(total))) if chosen.partial else total
             child.bias = self.size_in_attention
-        child.assign = _assignment(cut, chosen)
+        child.assign = assignment(cut, chosen)
         child.merge = _stream_merge(weight, chosen, child, padded=padded)
         return merged
 
@@ -58,7 +59,7 @@ def _merge(b: Builder, x: Any, weight: Any, chosen: Matched, *, padded: bool) ->
     return b.call(op, x, weight, chosen.keep, chosen.source, chosen.slot, chosen.first, padded)
 
 
-def _assignment(cut: Cut, chosen: Matched) -> Any:
+def assignment(cut: Cut, chosen: Matched) -> Any:
     """Return a function that makes the parent -> child map ``[B, N]`` when something is restored."""
     made: list[Any] = []
     tokens, batch, x, per_sample = cut.tokens, cut.batch, cut.x, cut.per_sample
@@ -68,7 +69,11 @@ def _assignment(cut: Cut, chosen: Matched) -> Any:
             b = ctx.builder
             empty = b.full([batch.size, tokens], 0, torch.int64, x)
             kept = b.scatter(empty, 1, chosen.keep, per_sample(b.arange(chosen.size, x)))
-            made.append(b.scatter(kept, 1, chosen.source, b.add(chosen.slot, chosen.first)))
+            target = b.add(chosen.slot, chosen.first)
+            if chosen.partial:
+                joins = b.call(torch.ops.aten.lt.Scalar, target, chosen.size)
+                target = b.where(joins, target, b.gather(kept, 1, chosen.source))
+            made.append(b.scatter(kept, 1, chosen.source, target))
         return made[0]
 
     return assign
@@ -79,21 +84,13 @@ def _stream_merge(weight: Any, chosen: Matched, child: TokenSpace, *, padded: bo
 
     def merge(ctx: Context, value: Value, axis: int) -> Value:
         b = ctx.builder
-        batch = value.batch_axis()
-        if batch is None:
-            ctx.fail("a value without a batch axis meets merged tokens")
-        front = [batch, axis, *(i for i in range(value.rank) if i not in (batch, axis))]
-        x = b.permute(value.handle, front)
-        rest = [b.size(x, i) for i in range(2, value.rank)]
-        flat = b.reshape(x, [b.size(x, 0), b.size(x, 1), -1]) if value.rank != 3 else x
-        own = None if weight is None else b.cast(weight, b.dtype(flat))
-        both = _merge(b, flat, own, chosen, padded=padded)
-        merged = b.call(operator.getitem, both, 0)
-        if value.rank != 3:
-            merged = b.reshape(merged, [b.size(merged, 0), b.size(merged, 1), *rest])
-        back = [front.index(i) for i in range(value.rank)]
+
+        def change(x: Any) -> Any:
+            own = None if weight is None else b.cast(weight, b.dtype(x))
+            return b.call(operator.getitem, _merge(b, x, own, chosen, padded=padded), 0)
+
         axes = list(value.axes)
         axes[axis] = (Factor(child, child.root.old),)
-        return value.having(handle=b.permute(merged, back), axes=tuple(axes))
+        return value.having(handle=ctx.as_rows(value, axis, change), axes=tuple(axes))
 
     return merge

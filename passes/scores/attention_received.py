@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from tokcc.passes.cut import Cut
+from tokcc.passes.depth import LayerChoice, chosen_layer, read_layer
 from tokcc.passes.piece import Score
 from tokcc.passes.scores.attention_rows import query_rows
 
@@ -23,6 +24,7 @@ class AttentionReceived(Score):
         heads: How heads are combined.
         skip_diagonal: Leave out what a token pays to itself (PoWER-BERT).
         mask_query_rows: Padding does not vote.
+        layer: Another layer to read: from 0, from the end, or a fraction of the depth; default the cut's own.
     """
 
     kind: ClassVar[str] = "attention_received"
@@ -33,11 +35,16 @@ class AttentionReceived(Score):
     heads: Literal["mean", "sum"] = "mean"
     skip_diagonal: bool = False
     mask_query_rows: bool = True
+    layer: LayerChoice = None
+
+    def layers(self, layer: int, num_layers: int) -> tuple[int, ...]:
+        """Return the layer that is read."""
+        return (chosen_layer(self.layer, layer, num_layers),)
 
     def emit(self, cut: Cut) -> Any:
         """Return ``[B, N]``."""
         b = cut.b
-        probs = query_rows(cut, cut.attention(), 0, None)  # [B, H, N, N]
+        probs = query_rows(cut, cut.attention(read_layer(self.layer, cut)), 0, None)  # [B, H, N, N]
         over_heads = (b.mean if self.heads == "mean" else b.sum)(probs, 1)  # [B, N, N]
         if self.mask_query_rows and cut.valid is not None:
             votes = b.unsqueeze(b.cast(cut.valid, b.dtype(over_heads)), 2)

@@ -29,6 +29,7 @@ class Adjacent(Selector):
 
     kind: ClassVar[str] = "adjacent"
     wants_score: ClassVar[bool] = False
+    pairwise: ClassVar[bool] = True
 
     of: FeatureKind = "keys"
     pairing: Literal["greedy", "parity"] = "greedy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,15 +31,20 @@ class Energy(Selector):
             both are ``alpha * (exp(w - m) - 1)``.
         margin: Margin of the first layer.
         alpha: See above.
+        protect_from: Share of the depth from which on isolated tokens are protected. Layers before split all tokens
+            alternately in energy order and merge the r most similar pairs (0.5 = reference implementation of ViT
+            classifiers, 0 = paper).
     """
 
     kind: ClassVar[str] = "energy"
     wants_score: ClassVar[bool] = False
+    pairwise: ClassVar[bool] = True
 
     of: FeatureKind = "keys"
     form: Literal["elu", "paper"] = "elu"
     margin: float = Field(default=0.9, ge=-1.0, le=1.0)
     alpha: float = Field(default=1.0, gt=0.0)
+    protect_from: float = Field(default=0.0, ge=0.0, le=1.0)
 
     def select(self, cut: Cut, score: Any) -> Matched:
         """See :class:`Energy`."""
@@ -55,6 +61,8 @@ class Energy(Selector):
             energy = b.where(valid, energy, LOWEST)
         order = topk(b, energy, n, in_order=False)  # [B, T] by falling energy
         r = pairs(cut)
+        if cut.layer < math.ceil(self.protect_from * cut.num_layers - 1e-9):
+            return self._unprotected(cut, metric, order, r)
         mergeable = b.mul_sizes(r, 2)
         left = b.slice(order, 1, 0, mergeable, 2)  # [B, R] ranks 0, 2, 4, ...
         # Where nothing merges there is no right side, but a maximum needs one column.
@@ -115,5 +123,46 @@ class Energy(Selector):
             place=place,
             merging=interleaved(cut, left, b.compare("lt", b.arange(r, cut.x), own)),
             to=interleaved(cut, left, to),
+            size=b.sub_sizes(cut.tokens, r),
+        )
+
+    def _unprotected(self, cut: Cut, metric: Any, order: Any, r: Any) -> Matched:
+        """Match even to odd ranks of all candidates and merge the most similar pairs; the others stay."""
+        b, p, n = cut.b, cut.first, cut.candidates
+        left = b.slice(order, 1, 0, None, 2)  # [B, A] ranks 0, 2, 4, ...
+        right = b.slice(order, 1, b.min_sizes(1, b.sub_sizes(n, 1)), None, 2)  # [B, C] ranks 1, 3, 5, ...
+        columns = b.call(torch.ops.tokcc.gather_tokens.default, metric, right, 1, 0)
+        rows = b.call(torch.ops.tokcc.gather_tokens.default, metric, left, 1, 0)
+        between = b.matmul(rows, b.transpose(columns, 1, 2))  # [B, A, C]
+        if cut.valid is not None:
+            valid = cut.inner(cut.valid)
+            between = b.where(b.unsqueeze(b.gather(valid, 1, right), 1), between, LOWEST)
+        best, to = b.amax(between, 2), b.argmax(between, 2)  # [B, A]
+        if cut.valid is not None:
+            best = b.where(b.gather(valid, 1, left), best, 2 * LOWEST)
+        count = b.floordiv_sizes(b.add_sizes(n, 1), 2)
+        edges = topk(b, best, count, in_order=False)  # [B, A] by falling similarity
+        if p:
+            left, right = b.add(left, p), b.add(right, p)
+        if cut.valid is None:
+            merged, unmerged = b.split(edges, 1, [r, b.sub_sizes(count, r)])
+            parts = [b.gather(left, 1, unmerged), right]
+            if p:
+                parts.insert(0, cut.per_sample(b.arange(p, cut.x)))
+            first = b.add_sizes(b.sub_sizes(count, r), p)
+            source, slot = b.gather(left, 1, merged), b.gather(to, 1, merged)
+            return Matched(b.cat(parts, 1), source, slot, first, b.sub_sizes(cut.tokens, r))
+        ranked = b.gather(left, 1, edges)
+        place = b.add(interleaved(cut, ranked, cut.per_sample(b.arange(count, cut.x))), p)
+        behind = b.add(b.arange(b.size(right, 1), cut.x), b.add_sizes(n, p))  # right sides come last
+        place = b.scatter(place, 1, right, cut.per_sample(behind))
+        if p:
+            position = cut.positions()
+            place = b.where(b.compare("lt", position, p), position, place)
+        return matched_per_sample(
+            cut,
+            place=place,
+            merging=interleaved(cut, ranked, b.compare("lt", b.arange(count, cut.x), pairs_per_sample(cut))),
+            to=interleaved(cut, left, b.gather(right, 1, to)),
             size=b.sub_sizes(cut.tokens, r),
         )

@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
+from tokcc.passes.among import among
+from tokcc.passes.budget import Count
 from tokcc.passes.cut import Cut, Kept
 from tokcc.passes.features import FeatureKind, features
 from tokcc.passes.ordering import LOWEST, around, keep_indices, masked, topk
-from tokcc.passes.piece import Selector
+from tokcc.passes.piece import OtherScore, Selector
 
 __all__ = ["SimilarityThenTopK"]
 
@@ -26,12 +28,18 @@ class SimilarityThenTopK(Selector):
     Attributes:
         duplicates: Tokens that the similarity stage removes (at most half of the candidates).
         of: Vectors that similarity (cosine) is measured on.
+        again: Rates what the first stage left, over the attention among those tokens; the first score decides without.
     """
 
     kind: ClassVar[str] = "similarity_then_topk"
 
     duplicates: int = Field(default=10, ge=0)
     of: FeatureKind = "keys"
+    again: OtherScore | None = None
+
+    def removes(self, count: Count) -> bool:
+        """Duplicates go whatever the budget keeps."""
+        return self.duplicates > 0 or super().removes(count)
 
     def select(self, cut: Cut, score: Any) -> Kept:
         """See :class:`SimilarityThenTopK`."""
@@ -58,7 +66,18 @@ class SimilarityThenTopK(Selector):
             worst = b.cast(b.where(twin, 2 * LOWEST, b.gather(rating, 1, gone)), torch.float32)
         rating = b.scatter(rating, 1, gone, worst)
         kept = cut.count.kept(b, b.sub_sizes(n, removed), cut.initial_candidates)
-        return keep_indices(cut, around(cut, rating), kept, real=real)
+        return keep_indices(cut, self._rated(cut, around(cut, rating)), kept, real=real)
+
+    def _rated(self, cut: Cut, rating: Any) -> Any:
+        """Rate the tokens that are left once more, ``[B, N]``."""
+        if self.again is None:
+            return rating
+        b = cut.b
+        stays = b.compare("gt", rating, 1.5 * LOWEST)
+        if cut.valid is not None:
+            stays = b.logical_and(stays, cut.valid)
+        score = b.cast(self.again.emit(among(cut, stays)), torch.float32)
+        return b.where(stays, score, rating)
 
     def _padded(self, cut: Cut, metric: Any) -> tuple[Any, Any, Any]:
         """Split each sample's real tokens at its own half.

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from tests.cli.tiny_vit import build, pixels
 from tokcc.cli import app
 from tokcc.errors import ParityError
-from tokcc.pipeline import compiling
+from tokcc.pipeline import engines
 
 HERE = Path(__file__).with_name("tiny_vit.py")
 TINY = f"{HERE}:model"
@@ -258,7 +258,7 @@ class TestEngines:
         def differs(*arguments: Any) -> None:
             raise ParityError("the onnx engine differs from its reference")
 
-        monkeypatch.setattr(compiling, "refuse_difference", differs)
+        monkeypatch.setattr(engines, "refuse_difference", differs)
         result = CliRunner().invoke(app, ["compile", TINY, "-p", "evit", "-o", str(tmp_path / "deep" / "out")])
         assert result.exit_code == 6
         assert list(tmp_path.iterdir()) == []
@@ -270,7 +270,7 @@ class TestDisk:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-        monkeypatch.setattr(compiling, "save_onnx", full)
+        monkeypatch.setattr(engines, "save_onnx", full)
         refuses(5, "OutputError", "No space left", "free some space")
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")

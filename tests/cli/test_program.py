@@ -23,7 +23,7 @@ from tokcc.config import load_policy
 from tokcc.errors import TokccError, UsageError
 from tokcc.passes.methods import library
 
-COMMANDS = ("compile", "inspect", "presets", "verify", "run", "bench", "report", "calibrate", "doctor")
+COMMANDS = ("compile", "inspect", "gallery", "presets", "verify", "run", "bench", "report", "calibrate", "doctor")
 
 
 def run(*arguments: str) -> Any:

@@ -6,7 +6,7 @@ import pytest
 
 FAST = ("llama",)
 """Grouped heads, rotation, no bias: what the others differ from is tested for itself in test_families.py."""
-LONG = ("test_oscar.py", "test_slots.py", "test_think.py", "test_zipcache.py")
+LONG = ("test_dont_waste_bits.py", "test_oscar.py", "test_slots.py", "test_think.py", "test_zipcache.py")
 """Files whose cases each compile a decoder and run it for long: the first case of every test is enough."""
 
 

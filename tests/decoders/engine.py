@@ -34,6 +34,7 @@ _DTYPES = {
     "tensor(uint8)": np.uint8,
     "tensor(int64)": np.int64,
 }
+Given = Mapping[int, Mapping[str, npt.NDArray[Any]]]
 CALLS = (9, 1, 1, 5, *[1] * 64)
 """A prompt, single tokens, a second piece of text, and a generation."""
 
@@ -46,16 +47,26 @@ class Engine:
     program: Program
     plan: CachePlan
 
-    def run(self, ids: Tensor, mask: Tensor, calls: Sequence[int]) -> tuple[npt.NDArray[Any], dict[str, Any]]:
+    def run(
+        self, ids: Tensor, mask: Tensor, calls: Sequence[int], given: Given | None = None
+    ) -> tuple[npt.NDArray[Any], dict[str, Any]]:
         """Run padded rows ``[B, T]`` in calls of the given lengths.
+
+        Args:
+            ids: The rows.
+            mask: 1 = real.
+            calls: New tokens of each call.
+            given: Values of inputs that the policy added, by call and name; nothing in all others.
 
         Returns:
             Logits ``[B, T, V]``, and the outputs of the last call by name.
         """
-        results = list(self.each(ids, mask, calls))
+        results = list(self.each(ids, mask, calls, given))
         return np.concatenate([result["logits"] for result in results], 1), results[-1]
 
-    def each(self, ids: Tensor, mask: Tensor, calls: Sequence[int]) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    def each(
+        self, ids: Tensor, mask: Tensor, calls: Sequence[int], given: Given | None = None
+    ) -> Iterator[dict[str, npt.NDArray[Any]]]:
         """The same, with the outputs of every call by name."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         past = {}
@@ -68,13 +79,19 @@ class Engine:
                 past[item.name] = np.zeros(shape, _DTYPES[item.type])
         names = [item.name for item in self.session.get_outputs()]
         start = 0
-        for length in calls:
+        for number, length in enumerate(calls):
             stop = start + length
+            known = {"B": len(ids), "S": length}
             feeds = {
+                **{
+                    spec.name: np.full([known.get(str(size), 0) for size in spec.shape], int(spec.unguided))
+                    for spec in self.plan.inputs
+                },
                 "input_ids": ids[:, start:stop].numpy(),
                 "attention_mask": mask[:, :stop].numpy(),
                 "position_ids": positions[:, start:stop].numpy(),
                 **past,
+                **(given or {}).get(number, {}),
             }
             results = dict(zip(names, self.session.run(None, feeds), strict=True))
             past = {name: results[name.replace("past_key_values", "present")] for name in past}
@@ -119,11 +136,12 @@ def assert_equals_alone(
     padding: Sequence[int] = (0, 3, 5),
     tolerance: float = 2e-4,
     slots: bool = False,
+    given: Given | None = None,
 ) -> Engine:
     """Every row of a padded batch gives what it gives alone under the rule: logits, and the kept keys and values."""
     engine = build(family, policy, folder)
     ids, mask = tokens(len(padding), sum(calls), padding)
-    logits, last = engine.run(ids, mask, calls)
+    logits, last = engine.run(ids, mask, calls, given)
     model = model_of(family)
     for row, count in enumerate(padding):
         alone = run_alone(model, ids[row, count:], _without(calls, count), rule, slots=slots)

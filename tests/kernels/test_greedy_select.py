@@ -11,13 +11,18 @@ from torch import Tensor
 from tokcc.kernels import greedy_select
 
 
-def brute_force(similarity: Tensor, unary: Tensor, first: Tensor, k: int) -> list[list[int]]:
+def brute_force(similarity: Tensor, unary: Tensor, first: Tensor, k: int, form: str = "nearest") -> list[list[int]]:
+    def rated(own: float, row: list[float]) -> float:
+        if form == "product":
+            return own * (1 - max(row))
+        return own - (sum(row) if form == "all" else max(row))
+
     result = []
     for s, u, f in zip(similarity.tolist(), unary.tolist(), first.tolist(), strict=True):
         picked: list[int] = []
         while len(picked) < k:
             left = [i for i in range(len(u)) if i not in picked]
-            score = {i: u[i] - max(s[p][i] for p in picked) if picked else f[i] for i in left}
+            score = {i: rated(u[i], [s[p][i] for p in picked]) if picked else f[i] for i in left}
             picked.append(max(left, key=lambda i: (score[i], -i)))
         result.append(sorted(picked))
     return result
@@ -37,10 +42,14 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int]:
     return half + half.transpose(1, 2), table(batch, tokens), table(batch, tokens), draw(st.integers(1, tokens))
 
 
-@given(cases())
+@pytest.mark.parametrize("form", ["nearest", "all", "product"])
+@given(case=cases())
 @settings(max_examples=80, deadline=None)
-def test_equals_brute_force(case: tuple[Tensor, Tensor, Tensor, int]) -> None:
-    assert greedy_select(*case).tolist() == brute_force(*case)
+def test_equals_brute_force(form: str, case: tuple[Tensor, Tensor, Tensor, int]) -> None:
+    similarity, unary, first, k = case
+    if form == "product":
+        unary = unary + 2
+    assert greedy_select(similarity, unary, first, k, form).tolist() == brute_force(similarity, unary, first, k, form)
 
 
 def test_what_must_not_be_picked_comes_last() -> None:

@@ -37,7 +37,8 @@ def merges(draw: st.DrawFn) -> Merge:
     gone = draw(st.integers(0, tokens - kept))
     first = draw(st.integers(0, kept - 1))
     order = torch.tensor([draw(st.permutations(range(tokens))) for _ in range(batch)])
-    slot = [draw(st.lists(st.integers(0, kept - 1 - first), min_size=gone, max_size=gone)) for _ in range(batch)]
+    # One slot behind the last joins nothing.
+    slot = [draw(st.lists(st.integers(0, kept - first), min_size=gone, max_size=gone)) for _ in range(batch)]
     weight = None
     if draw(st.booleans()):
         sizes = [draw(st.lists(st.integers(0, 4), min_size=tokens, max_size=tokens)) for _ in range(batch)]

@@ -169,6 +169,7 @@ def _binary() -> list[Case]:
             "where.ScalarOther", lambda b, c, x: b.call(aten.where.ScalarOther, c, x, -1.5), (BOOL, Input(("B", "N")))
         ),
         Case("where.ScalarSelf", lambda b, c, x: b.call(aten.where.ScalarSelf, c, 2, x), (BOOL, INT)),
+        Case("where-bool", of(aten.where.self), (BOOL, BOOL, Input(("B", 1), "bool"))),
         Case("where.Scalar", of(aten.where.Scalar, 1.0, 0.0), (BOOL,)),
         Case("where.Scalar-int", of(aten.where.Scalar, 1, 0), (BOOL,)),
         Case("masked_fill.Scalar", of(aten.masked_fill.Scalar, float("-inf")), (X, Input(("B", "N", 1), "bool"))),
@@ -616,6 +617,24 @@ def _tokens() -> list[Case]:
         unary = b.where(blocked, float("-inf"), 0.0)
         return b.call(ops.greedy_select.default, b.matmul(x, b.transpose(x, 1, 2)), unary, first, 1)
 
+    def greedy_of(form: str) -> Body:
+        def body(b: Any, x: Any, unary: Any, first: Any) -> Any:
+            unary = b.add(b.mul(unary, unary), 0.1)
+            similarity = b.matmul(x, b.transpose(x, 1, 2))
+            return b.call(ops.greedy_select.default, similarity, unary, first, 3, form)
+
+        return body
+
+    def dpp(b: Any, x: Any, blocked: Any, *, half: bool = False) -> Any:
+        count = b.floordiv_sizes(b.add_sizes(b.size(x, 1), 1), 2) if half else 3
+        unary = b.where(blocked, -1e30, 0.0)
+        return b.call(ops.dpp_select.default, b.matmul(x, b.transpose(x, 1, 2)), unary, count)
+
+    def cover(b: Any, x: Any, blocked: Any, *, half: bool = False) -> Any:
+        count = b.floordiv_sizes(b.add_sizes(b.size(x, 1), 1), 2) if half else 3
+        table = b.softmax(b.matmul(x, b.transpose(x, 1, 2)), 2)
+        return b.call(ops.cover_select.default, b.slice(table, 1, 0, 2), b.where(blocked, -1e30, 0.0), count)
+
     heads, grown = Input(("B", 4, "M", 8)), Input(("B", 2, "N", 8))
     attend = ops.cached_attention.default
 
@@ -741,7 +760,13 @@ def _tokens() -> list[Case]:
         ),
         Case("greedy_select", greedy, (X, scores, scores)),
         Case("greedy_select-share", greedy_share, (X, scores, scores)),
+        Case("dpp_select", dpp, (X, BOOL)),
+        Case("dpp_select-half", functools.partial(dpp, half=True), (X, BOOL)),
+        Case("cover_select", cover, (X, BOOL)),
+        Case("cover_select-half", functools.partial(cover, half=True), (X, BOOL)),
         Case("greedy_select-one", greedy_blocked, (X, BOOL, scores)),
+        Case("greedy_select-all", greedy_of("all"), (X, scores, scores)),
+        Case("greedy_select-product", greedy_of("product"), (X, scores, scores)),
     ]
 
 

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.lowering.harness import session_of
 from tests.passes.reference_models import HEADS, WIDTH, Audio, Block, Text, Vision
 from tokcc.analysis.context import Context
+from tokcc.backends.onnx import build_onnx
 from tokcc.ir.builder import EagerBuilder
 from tokcc.ir.program import Program
 from tokcc.testing import reduce_program, run_eager, run_program, trace
@@ -29,15 +31,18 @@ __all__ = [
     "Model",
     "Result",
     "Scene",
+    "at_output",
     "compare",
     "cosine",
     "drop",
     "inputs_of",
     "merge",
+    "of_stage",
     "policy",
     "program_of",
     "received",
     "reference",
+    "run_engine",
     "share_of",
     "top",
 ]
@@ -59,6 +64,9 @@ class Scene:
         keys: ``[H, N, D]`` of this layer.
         rows: Attention rows of the class token in all layers up to this one, ``[H, N]`` each.
         initial: Number of tokens at the model's entry.
+        values: ``[H, N, D]`` of this layer.
+        queries: ``[H, N, D]`` of this layer.
+        maps: The probabilities of all layers up to this one, ``[H, N, N]`` each.
     """
 
     layer: int
@@ -69,6 +77,9 @@ class Scene:
     keys: Tensor
     rows: list[Tensor]
     initial: int
+    values: Tensor
+    queries: Tensor
+    maps: list[Tensor]
 
     @property
     def n(self) -> int:
@@ -119,15 +130,15 @@ class Result:
         return [len(cut.kept) for cut in self.cuts]
 
 
-def _attention(block: Block, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the attended values before the residual, ``[N, C]``, the probabilities and the keys."""
+def _attention(block: Block, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the attended values before the residual, ``[N, C]``, the probabilities, queries, keys and values."""
     n, width = len(x), WIDTH // HEADS
     q, k, v = (part.reshape(n, HEADS, width).transpose(0, 1) for part in block.qkv(x).split(WIDTH, dim=1))
     logits = q @ k.transpose(1, 2) / width**0.5
     if sizes is not None:
         logits = logits + sizes.log()
     weights = logits.exp() / logits.exp().sum(-1, keepdim=True)
-    return block.out((weights @ v).transpose(0, 1).reshape(n, WIDTH)), weights, k
+    return block.out((weights @ v).transpose(0, 1).reshape(n, WIDTH)), weights, q, k, v
 
 
 def _restored(full: Tensor, places: list[list[int]], cut: Cut, x: Tensor) -> list[list[int]]:
@@ -169,12 +180,15 @@ def reference(
     initial = len(x)
     cuts: list[Cut] = []
     rows: list[Tensor] = []
+    maps: list[Tensor] = []
     full = torch.zeros_like(x)
     places = [[i] for i in range(initial)]
 
-    def apply(layer: int, x: Tensor, probs: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def apply(layer: int, x: Tensor, heads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         nonlocal places
-        cut = method(Scene(layer, len(model.blocks), x, sizes, probs, keys, rows, initial)) if method else None
+        q, k, v = heads
+        scene = Scene(layer, len(model.blocks), x, sizes, maps[-1], k, rows, initial, v, q, maps)
+        cut = method(scene) if method else None
         if cut is None:
             return x, sizes
         cuts.append(cut)
@@ -185,20 +199,21 @@ def reference(
         assert isinstance(block, Block)
         counts = sizes if prop_attn else None
         if block.norm_first:
-            added, probs, keys = _attention(block, block.norm1(x), counts)
+            added, probs, *heads = _attention(block, block.norm1(x), counts)
             x = x + added
         else:
-            added, probs, keys = _attention(block, x, counts)
+            added, probs, *heads = _attention(block, x, counts)
             x = block.norm1(x + added)
         rows.append(probs[:, 0])
+        maps.append(probs)
         if layer in layers and not at_end:
-            x, sizes = apply(layer, x, probs, keys)
+            x, sizes = apply(layer, x, heads)
         if block.norm_first:
             x = x + block.down(F.gelu(block.up(block.norm2(x))))
         else:
             x = block.norm2(x + block.down(F.gelu(block.up(x))))
         if layer in layers and at_end:
-            x, sizes = apply(layer, x, probs, keys)
+            x, sizes = apply(layer, x, heads)
     for token, members in zip(x, places, strict=True):
         for place in members:
             full[place] = token
@@ -209,6 +224,30 @@ def reference(
     elif isinstance(model, Text) and model.pooler is not None:
         pooled = torch.tanh(model.pooler(y[0]))
     return Result(y, pooled, cuts, model.norm(full))
+
+
+def at_output(model: Model, method: Method) -> Callable[[Feeds], Result]:
+    """Return an oracle of a method at the very end: it sees normed tokens, and no norm follows what it makes."""
+
+    def run(sample: Feeds) -> Result:
+        found: list[Cut] = []
+
+        def cut_there(scene: Scene) -> None:
+            scene.x = model.norm(scene.x)
+            cut = method(scene)
+            assert cut is not None
+            found.append(cut)
+
+        result = reference(model, sample, cut_there, layers=[len(model.blocks) - 1], at_end=True)
+        (cut,) = found
+        full = result.full.clone()
+        target = dict(cut.pairs)
+        for old in range(len(full)):
+            if target.get(old, old) in cut.kept:
+                full[old] = cut.x[cut.kept.index(target.get(old, old))]
+        return Result(cut.x, result.pooled, found, full)
+
+    return run
 
 
 # what methods are written with --------------------------------------------------------------------------------
@@ -250,6 +289,12 @@ def merge(scene: Scene, kept: list[int], pairs: list[tuple[int, int]], *, sized:
     return Cut(kept, torch.stack(merged), pairs, torch.tensor(sizes) if sized else None)
 
 
+def of_stage(tensors: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
+    """Return the trained tensors of one chosen layer, by their names within it."""
+    prefix = f"stages.{stage}."
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
 def drop(scene: Scene, kept: list[int]) -> Cut:
     """Keep some tokens as they are."""
     return Cut(kept, scene.x[kept])
@@ -265,7 +310,7 @@ _REDUCED: dict[Any, tuple[Program, Program]] = {}
 def program_of(model: Model, feeds: Feeds, dynamic: Any = None) -> Program:
     """Trace a model for the shapes of ``feeds``; traced programs are not changed, so they are shared by the tests."""
     shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in feeds.items())
-    key = (id(model), shapes, dynamic is not None)
+    key = (id(model), shapes, repr(dynamic))
     if key not in _PROGRAMS:
         _PROGRAMS[key] = model, trace(model, feeds, dynamic)
     return _PROGRAMS[key][1]
@@ -277,7 +322,14 @@ def inputs_of(feeds: Feeds) -> list[dict[str, Tensor]]:
     samples = [{name: t[i : i + 1] for name, t in feeds.items()} for i in range(batch)]
     if "mask" not in feeds:
         return samples
-    return [{name: t[:, : int(sample["mask"].sum())] for name, t in sample.items()} for sample in samples]
+    tokens = feeds["mask"].shape[1]
+    return [
+        {
+            name: t[:, : int(sample["mask"].sum())] if t.ndim == 2 and t.shape[1] == tokens else t
+            for name, t in sample.items()
+        }
+        for sample in samples
+    ]
 
 
 def policy(step: Mapping[str, Any] | str, tokens: str = "reduced") -> dict[str, Any]:
@@ -293,6 +345,11 @@ def _reduced(program: Program, wanted: Mapping[str, Any]) -> Program:
     return _REDUCED[key][1]
 
 
+def run_engine(program: Program, feeds: Feeds) -> list[Tensor]:
+    """Run a program in ONNX Runtime."""
+    return session_of(build_onnx(program))(list(feeds.values()))
+
+
 def compare(
     model: Model,
     feeds: Feeds,
@@ -302,6 +359,7 @@ def compare(
     dynamic: Any = None,
     traced: Feeds | None = None,
     full: bool = False,
+    engine: bool = False,
 ) -> list[Result]:
     """Check a preset against the oracle: outputs, kept tokens, pairs and sizes of every sample of a batch.
 
@@ -313,6 +371,7 @@ def compare(
         dynamic: Dynamic shapes of the export.
         traced: Inputs to export with, when not ``feeds``.
         full: Also check the output that has all its tokens back.
+        engine: Also run the ONNX engine.
     """
     program = program_of(model, traced or feeds, dynamic)
     outputs = run_program(_reduced(program, policy(step)), feeds)
@@ -321,6 +380,10 @@ def compare(
     results = [oracle(sample) for sample in inputs_of(feeds)]
     for mine, theirs in zip(outputs, eager, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+    if engine:
+        found = run_engine(_reduced(program, policy(step)), feeds)
+        for mine, theirs in zip(found, outputs, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
     for row, result in enumerate(results):
         _compare_cuts(plan.made, row, result)
         length = len(result.tokens)

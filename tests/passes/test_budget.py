@@ -137,6 +137,11 @@ class TestForms:
         (count,) = resolve_budget(Budget(keep=0.55), (0,), 1)
         assert count.kept(B, 100, 100) == 55
 
+    def test_a_compound_share_is_of_the_beginning(self) -> None:
+        """int(196 * 0.7 ** k), where rounding at each layer would give 95 after the second."""
+        chosen = resolve_budget(Budget(keep=0.7, of="initial", rounding="floor", compound=True), (2, 5, 8), 12)
+        assert [count.kept(B, 196, 196) for count in chosen] == [137, 96, 67]
+
     @pytest.mark.parametrize(("rounding", "kept"), [("ceil", 3), ("floor", 2), ("round", 3)])
     def test_rounding(self, rounding: str, kept: int) -> None:
         (count,) = resolve_budget(Budget(keep=0.5, rounding=rounding), (0,), 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from tokcc.ir.builder import EagerBuilder
 from tokcc.ir.space import TokenSpace
 from tokcc.passes.budget import Count
 from tokcc.passes.cut import AttentionView, Cut, Kept
-from tokcc.passes.piece import Piece, Reducer, Score, Selector, pieces, resolve_piece
+from tokcc.passes.features import features
+from tokcc.passes.piece import Piece, Reducer, Score, Selector, pieces, resolve_piece, scores_of
 from tokcc.passes.reducers.drop import Drop
 from tokcc.passes.reducers.fuse_rest import FuseRest
 from tokcc.passes.scores.attention_received import AttentionReceived
@@ -40,7 +43,8 @@ def make_cut(keep: int, *, first: int = 0, last: int = 0, lengths: list[int] | N
     query, key, value = (random(BATCH, HEADS, TOKENS, WIDTH // HEADS, seed=s) for s in (1, 2, 3))
     mask = None if real is None else real[:, None, None, :]
     view = AttentionView(query, key, value, mask, 0.5)
-    fields: dict[str, Any] = {"layer": 3, "num_layers": 4, "seed": 0, **changes}
+    same = {"attention": lambda layer=None: view}
+    fields: dict[str, Any] = {"layer": 3, "num_layers": 4, "seed": 0, **same, **changes}
     return Cut(
         ctx=Context(EagerBuilder()),
         x=x,
@@ -49,7 +53,6 @@ def make_cut(keep: int, *, first: int = 0, last: int = 0, lengths: list[int] | N
         count=Count("tokens", Fraction(keep)),
         first=first,
         last=last,
-        attention=lambda layer=None: view,
         **fields,
     )
 
@@ -59,19 +62,12 @@ def normalised(x: Tensor) -> Tensor:
 
 
 class TestDiscovery:
-    @pytest.mark.parametrize(
-        ("folder", "kinds"),
-        [
-            ("scores", ["attention_received", "attention_rows", "norm", "pagerank", "random", "similarity"]),
-            (
-                "selectors",
-                ["adjacent", "bipartite", "energy", "greedy", "groups", "similarity_then_topk", "topk", "uniform"],
-            ),
-            ("reducers", ["average_pool", "drop", "fuse_rest", "weighted_mean"]),
-        ],
-    )
-    def test_one_kind_for_each_file(self, folder: str, kinds: list[str]) -> None:
-        assert sorted(pieces(folder)) == kinds
+    @pytest.mark.parametrize("folder", ["scores", "selectors", "reducers"])
+    def test_one_kind_for_each_file(self, folder: str) -> None:
+        package = importlib.import_module(f"tokcc.passes.{folder}")
+        files = {path.stem for path in Path(package.__path__[0]).glob("*.py")}
+        assert set(pieces(folder)) == files - {"__init__"}
+        assert {"topk", "drop", "norm"} & files
         for kind, piece in pieces(folder).items():
             assert piece.kind == kind
             assert piece.__module__ == f"tokcc.passes.{folder}.{kind}"
@@ -80,8 +76,9 @@ class TestDiscovery:
     @pytest.mark.parametrize("folder", ["scores", "selectors", "reducers"])
     def test_parameters_are_documented(self, folder: str) -> None:
         for piece in pieces(folder).values():
+            documented = "".join(base.__doc__ or "" for base in piece.__mro__ if issubclass(base, Piece))
             for name in piece.model_fields:
-                assert f"{name}:" in (piece.__doc__ or "") or f"{name} =" in (piece.__doc__ or ""), (piece, name)
+                assert f"{name}:" in documented or f"{name} =" in documented, (piece, name)
 
     def test_unknown_kind_names_the_nearest(self) -> None:
         with pytest.raises(PolicyError, match="unknown selector `topp`") as caught:
@@ -94,7 +91,7 @@ class TestDiscovery:
         with pytest.raises(PolicyError, match="relevence") as caught:
             resolve_piece(PieceSpec.model_validate({"kind": "greedy", "relevence": 0.5}), Selector, "selectors", "here")
         assert caught.value.help == "did you mean `relevance`?"
-        assert "of, relevance, start" in (caught.value.needed or "")
+        assert "relevance, start" in (caught.value.needed or "")
 
     @pytest.mark.parametrize(
         ("folder", "base", "spec"),
@@ -106,6 +103,7 @@ class TestDiscovery:
             ("scores", Score, {"kind": "attention_rows", "from_layers": [1]}),
             ("scores", Score, {"kind": "attention_rows", "rows": [0, 2]}),
             ("scores", Score, {"kind": "attention_rows", "since": 2, "from_layers": [-1]}),
+            ("scores", Score, {"kind": "attention_rows", "since": 2, "layer": 1}),
             ("scores", Score, {"kind": "norm", "sign": 0}),
             ("reducers", Reducer, {"kind": "fuse_rest", "normalise": "maybe"}),
         ],
@@ -161,6 +159,53 @@ class TestScores:
         assert AttentionRows(since=9).layers(3, 12) == (3,)
         assert AttentionRows(from_layers=(0, -2)).layers(5, 12) == (5, 3)
 
+    def test_one_softmax_over_the_whole_width(self) -> None:
+        cut = make_cut(5)
+        view = cut.attention()
+        query, key = (x.transpose(1, 2).flatten(2) for x in (view.query, view.key))  # [B, N, C]
+        logits = (query[:, 0, None] @ key.transpose(1, 2))[:, 0] * view.scale / HEADS**0.5
+        torch.testing.assert_close(AttentionRows(heads="joint").emit(cut), logits.softmax(-1))
+
+    @pytest.mark.parametrize("score", [AttentionRows, AttentionReceived])
+    def test_one_layer_by_number_or_fraction(self, score: Any) -> None:
+        assert [score(layer=choice).layers(5, 12) for choice in (None, 0, -8, 0.25, 3.0)] == [
+            (5,),
+            (0,),
+            (4,),
+            (3,),
+            (3,),
+        ]
+        asked: list[int] = []
+        view = make_cut(5).attention()
+        cut = make_cut(5, attention=lambda layer=None: asked.append(layer) or view)
+        score(layer=1).emit(cut)
+        assert asked == [1]
+        for layer, message in ((9, "layer 9 does not exist"), (3, "layer 3 runs behind the cut at layer 2")):
+            with pytest.raises(AxisError, match=message):
+                score(layer=layer).emit(make_cut(5, layer=2))
+
+    def test_another_score_as_a_parameter(self) -> None:
+        """It is found, and what is wrong with it is said at the step's place."""
+        by = {"kind": "attention_received", "layer": 1}
+        made = resolve_piece(PieceSpec(kind="neighbourhoods", params={"by": by}), Selector, "selectors", "here")
+        assert [score.layers(3, 4) for score in scores_of(None, made)] == [(1,)]
+        spec = PieceSpec(kind="neighbourhoods", params={"by": {"kind": "attention_receive"}})
+        with pytest.raises(PolicyError, match="unknown score `attention_receive`") as caught:
+            resolve_piece(spec, Selector, "selectors", "policy.yaml:9")
+        assert caught.value.policy == "policy.yaml:9"
+
+    def test_norms(self) -> None:
+        cut = make_cut(5)
+        mean = cut.attention().value.mean(1)
+        torch.testing.assert_close(Norm(of="values", heads="mean", power=1).emit(cut), mean.abs().sum(2))
+
+    def test_what_the_rest_of_the_program_makes_of_tokens(self) -> None:
+        weight = random(WIDTH, 3, seed=9)
+        cut = make_cut(5, first=1, ahead=lambda x, places: x @ weight + places[:, None])
+        made = features(cut, "outputs", normalise=False)
+        assert not made[:, 0].any()
+        torch.testing.assert_close(made[:, 1:], cut.x[:, 1:] @ weight + torch.arange(TOKENS - 1.0)[:, None])
+
     def test_layers_before_the_first_are_refused(self) -> None:
         with pytest.raises(AxisError, match="4 layers before layer 3"):
             AttentionRows(from_layers=(-4,)).emit(make_cut(5))
@@ -174,6 +219,18 @@ class TestSelectors:
     def test_ties_go_to_the_lower_position(self) -> None:
         score = torch.zeros(BATCH, TOKENS)
         assert TopK().select(make_cut(4, first=1), score).index.tolist() == [[0, 1, 2, 3, 4]] * 2
+
+    @pytest.mark.parametrize("lengths", [None, [15, 4]])
+    def test_in_the_order_of_the_score(self, lengths: list[int] | None) -> None:
+        cut, score = make_cut(6, first=1, lengths=lengths), random(BATCH, TOKENS)
+        kept = TopK(order="score").select(cut, score)
+        assert not kept.ascending
+        for row, length in enumerate(lengths or [TOKENS] * BATCH):
+            best = sorted(range(1, length), key=lambda i: -float(score[row, i]))[:6]
+            assert kept.index[row, : 1 + len(best)].tolist() == [0, *best]
+            assert kept.valid is None or kept.valid[row].tolist() == [True] * (1 + len(best)) + [False] * (
+                6 - len(best)
+            )
 
     def test_protected_tokens_at_both_ends(self) -> None:
         score = torch.arange(TOKENS).float().expand(BATCH, -1)

@@ -109,6 +109,10 @@ def _input(node: fx.Node, padding: str | None, real: torch.Tensor, new: int, pas
     if fake.ndim == 4:
         return torch.zeros((), dtype=fake.dtype).expand(batch, fake.shape[1], past, fake.shape[3])
     place = (real.cumsum(1) - 1).clamp(min=0)[:, past:]
+    if fake.is_floating_point():  # embeddings
+        return torch.zeros(batch, new, *fake.shape[2:], dtype=fake.dtype)
+    if fake.ndim == 3:  # positions by frame, row and column
+        return place.expand(fake.shape[0], -1, -1).to(fake.dtype)
     return place.to(fake.dtype) if fake.ndim == 2 else torch.zeros([batch, new], dtype=fake.dtype)
 
 

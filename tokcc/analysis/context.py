@@ -325,6 +325,27 @@ class Context:
             value = value.having(handle=handle, axes=((), *value.axes), old=(1, *value.old))
         return value
 
+    def as_rows(self, value: Value, axis: int, change: Callable[[Any], Any]) -> Any:
+        """Apply a change of ``[B, N, C]`` to a value in any layout, and return the new handle in that layout.
+
+        Args:
+            value: The value.
+            axis: Its token axis.
+            change: Takes and returns ``[B, tokens, C]``; the number of tokens may change.
+        """
+        b = self.builder
+        where = value.batch_axis()
+        if where is None:
+            self.fail("a value without a batch axis meets merged tokens")
+        front = [where, axis, *(i for i in range(value.rank) if i not in (where, axis))]
+        x = b.permute(value.handle, front)
+        rest = [b.size(x, i) for i in range(2, value.rank)]
+        flat = b.reshape(x, [b.size(x, 0), b.size(x, 1), -1]) if value.rank != 3 else x
+        changed = change(flat)
+        if value.rank != 3:
+            changed = b.reshape(changed, [b.size(changed, 0), b.size(changed, 1), *rest])
+        return b.permute(changed, [front.index(i) for i in range(value.rank)])
+
     def per_token(self, rows: Any, axes: Sequence[Axis], axis: int) -> Any:
         """Shape a number per token ``[B, K]`` so that it broadcasts against a value.
 

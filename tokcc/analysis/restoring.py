@@ -35,7 +35,10 @@ def restore(ctx: Context, value: Value, axis: int, before: Callable[[TokenSpace]
     pending: Any = None
     while space.parent is not None:
         own = own_assign(ctx, space)
-        if own is not None:
+        if _spread(space) is not None:
+            value = _spread_up(ctx, _apply_assign(ctx, value, axis, pending, space), axis, space)
+            pending = None
+        elif own is not None:
             pending = own if pending is None else b.gather(pending, 1, own)
         else:
             value = _apply_assign(ctx, value, axis, pending, space)
@@ -52,6 +55,23 @@ def own_assign(ctx: Context, space: TokenSpace) -> Any:
         inner = own_assign(ctx, whole)
         return None if inner is None else ctx.builder.sub(ctx.builder.slice(inner, 1, first), first)
     return space.assign(ctx) if callable(space.assign) else space.assign
+
+
+def _spread(space: TokenSpace) -> tuple[Any, int] | None:
+    """Return what spreads a space's values over its parent's tokens, and how many leading ones are left out."""
+    whole, first = space.tail_of or (space, 0)
+    return None if whole.spread is None else (whole.spread, first)
+
+
+def _spread_up(ctx: Context, value: Value, axis: int, space: TokenSpace) -> Value:
+    known = _spread(space)
+    assert known is not None
+    assert space.parent is not None
+    spread, first = known
+    handle = ctx.as_rows(value, axis, lambda x: spread(ctx, x, first))
+    axes = list(value.axes)
+    axes[axis] = (Factor(space.parent, space.root.old),)
+    return value.having(handle=handle, axes=tuple(axes))
 
 
 def _apply_assign(ctx: Context, value: Value, axis: int, assign: Any, space: TokenSpace) -> Value:

@@ -17,10 +17,10 @@ from tokcc.ir.edit import fake_mode_of
 from tokcc.ir.program import Program
 from tokcc.ir.value import Value
 
-__all__ = ["CutName", "Layer", "Sites", "find_sites"]
+__all__ = ["CutName", "Layer", "Sites", "find_sites", "stream_cuts", "stream_entry"]
 
 aten = torch.ops.aten
-CutName = Literal["after_attention", "block_output", "encoder_output"]
+CutName = Literal["after_attention", "block_output", "encoder_output", "projector_output"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Sites:
 
     def cut(self, layer: int, site: CutName) -> str | None:
         """Return the node of a cut, or None where the model has none."""
-        if site == "encoder_output":
+        if site in ("encoder_output", "projector_output"):
             return self.encoder_output
         block = self.layers[layer]
         return block.after_attention if site == "after_attention" else block.block_output
@@ -108,7 +108,7 @@ def find_sites(program: Program) -> Sites:
             found="none on the way from the inputs to the outputs",
             help="token reduction applies to transformers; check that the right module was exported",
         )
-    entry_node = _entry(stream, nodes[attentions[0].output])
+    entry_node = stream_entry(stream, nodes[attentions[0].output])
     walk = _annotate(program, entry_node, attentions[0])
     axes = {node.name: value for node, value in walk.env.items() if isinstance(value, Value)}
     assert walk.entry is not None
@@ -136,8 +136,12 @@ def find_sites(program: Program) -> Sites:
     )
 
 
-def _entry(stream: Stream, first: fx.Node) -> fx.Node:
-    """The last branching dominator before the first attention."""
+def stream_entry(stream: Stream, first: fx.Node) -> fx.Node:
+    """Return the last branching dominator before the first attention.
+
+    Raises:
+        PlanError: When there is none.
+    """
     before = [d for d in stream.dominators if stream.order[d] < stream.order[first]]
     points = [d for d in before if stream.branching(d) and d.meta["val"].ndim >= 3]
     chosen = points[-1] if points else None
@@ -183,7 +187,7 @@ def _layers(
             [d for d in between if d.meta["val"].ndim == 3] if not axes[entry.name].spaces else []
         )
         points = [d for d in with_tokens if stream.branching(d)]
-        after, output = _cuts(points, with_tokens, last=i + 1 == len(own))
+        after, output = stream_cuts(points, with_tokens, last=i + 1 == len(own))
         no_cut = _why_no_cut(points, with_tokens, between) if after is None or output is None else None
         windowed = None
         query = axes.get(attention.query)
@@ -203,7 +207,14 @@ def _layers(
     return layers
 
 
-def _cuts(points: list[fx.Node], between: list[fx.Node], *, last: bool) -> tuple[fx.Node | None, fx.Node | None]:
+def stream_cuts(points: list[fx.Node], between: list[fx.Node], *, last: bool) -> tuple[fx.Node | None, fx.Node | None]:
+    """Return the cuts of a layer: after its attention, and its output.
+
+    Args:
+        points: Dominators behind its attention, and before the next one, that several computations read.
+        between: All dominators there.
+        last: Whether it is the last layer.
+    """
     if not points:
         # A last block that only feeds a head: its dominators have one user each.
         return (None, between[-1]) if between and last else (None, None)

@@ -94,6 +94,7 @@ class Walk:
         self.stream = StreamNodes(None if entry is None else self.nodes[entry.node], cuts)
         self._inputs = dict(inputs or {})
         self._on_operand = on_operand
+        self._rehearsing = False
         self._bindings: dict[Any, int] = {}
         self.ctx = Context(builder=builder, recompute=partial(recount, self), old_size=self.old_size)
 
@@ -147,6 +148,32 @@ class Walk:
             else:
                 self.ctx.fail(f"a graph node of kind {node.op}")
         return result
+
+    def rehearse(self, node: fx.Node, value: Value, wanted: fx.Node) -> Any:
+        """Return what a later node would be if ``node`` were ``value``; the walk goes on as if nothing had been run.
+
+        Args:
+            node: The node in work.
+            value: What it is to be.
+            wanted: A node behind it.
+        """
+        needed, front = set[fx.Node](), [wanted]
+        while front:
+            current = front.pop()
+            if current not in needed and current is not node and current not in self.env:
+                needed.add(current)
+                front += current.all_input_nodes
+        env, own = dict(self.env), self.ctx.node
+        self.env[node] = value
+        self._rehearsing = True
+        try:
+            for later in self.program.graph.nodes:
+                if later in needed:
+                    self.ctx.node = later
+                    self.env[later] = self._call(later)
+            return self.env[wanted]
+        finally:
+            self.env, self.ctx.node, self._rehearsing = env, own, False
 
     def _placeholder(self, node: fx.Node) -> Any:
         if isinstance(self.builder, GraphBuilder):
@@ -281,7 +308,7 @@ class Walk:
     def _copy(self, node: fx.Node) -> Any:
         """Copy a node whose operands carry no reduced space; its result has no axes until it meets the stream."""
         args, kwargs = self.ctx.original
-        handle = self.builder.call(node.target, *args, like=node, **kwargs)
+        handle = self.builder.call(node.target, *args, like=None if self._rehearsing else node, **kwargs)
         fake = node.meta.get("val")
         read = [self.env[operand] for operand in node.all_input_nodes]
         side = all(value.side for value in _leaves(read) if isinstance(value, Value))
@@ -299,7 +326,7 @@ class Walk:
     def _old_axis_size(self, node: fx.Node, value: Value, axis: int) -> Any:
         """The size that the unreduced graph saw: rules rebuild shapes from factors and never read it for tokens."""
         if not any(f.space is not None and f.space.reduced for f in value.axes[axis % value.rank]):
-            return self.builder.call(aten.sym_size.int, value.handle, axis, like=node)
+            return self.builder.call(aten.sym_size.int, value.handle, axis, like=None if self._rehearsing else node)
         size: Any = 1
         for factor in value.axes[axis % value.rank]:
             own = factor.space.root.size if factor.space is not None else self.ctx.factor_size(factor)

@@ -1,4 +1,4 @@
-"""Replacing a folder so that a reader sees the old one or the new one, never half of either."""
+"""Replacing a folder or a file so that a reader sees the old one or the new one, never half of either."""
 
 from __future__ import annotations
 
@@ -8,10 +8,34 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["replace_folder"]
+from tokcc.errors import OutputError
+
+__all__ = ["replace_file", "replace_folder"]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+
+def replace_file(target: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; its folder is made where it is missing.
+
+    Args:
+        target: Where it goes; an existing file is replaced.
+        content: What it holds then.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    unfinished = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            unfinished.write_bytes(content)
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written", found=error.strerror or str(error)) from error
 
 
 def replace_folder(new: Path, target: Path, aside: Path) -> bool:

@@ -20,6 +20,7 @@ from tokcc.backends.manifest import (
     BackendEntry,
     FileEntry,
     Manifest,
+    PartEntry,
     State,
     TensorContract,
     hash_files,
@@ -54,6 +55,32 @@ class Bundle:
         """
         return cls(path)
 
+    def part(self, name: str) -> Bundle:
+        """Return one of several engines that work together, as a bundle of its own.
+
+        Raises:
+            UsageError: There is no such part.
+        """
+        entry = self.manifest.parts.get(name)
+        if entry is None:
+            raise UsageError(
+                f"the bundle has no part `{name}`",
+                needed=f"one of {', '.join(self.manifest.parts)}"
+                if self.manifest.parts
+                else "a bundle of several parts",
+            )
+        return _Part(self, name, entry)
+
+    @property
+    def root(self) -> Path:
+        """The folder that the engines' paths are relative to."""
+        return self.path
+
+    @property
+    def baseline(self) -> Path:
+        """Where the ONNX engine without reduction is, if it was kept."""
+        return self.root / "baseline.onnx"
+
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}, state={self.manifest.state!r}, backends={sorted(self.manifest.backends)})"
 
@@ -64,17 +91,33 @@ class Bundle:
             UsageError: The bundle has no such engine.
         """
         entry = self.manifest.backends.get(backend)
+        if entry is None and self.manifest.parts:
+            raise UsageError(
+                "the bundle has an engine for each of its parts",
+                found=", ".join(self.manifest.parts),
+                help=f'choose one: `bundle.part("{next(iter(self.manifest.parts))}").engine("{backend}")`',
+            )
         if entry is None:
             raise UsageError(
                 f"the bundle has no engine for `{backend}`",
                 found=", ".join(sorted(self.manifest.backends)) or "no engine",
                 help=f"compile with `--backend {backend}`",
             )
-        return self.path / entry.engine
+        return self.root / entry.engine
 
     @cached_property
     def report(self) -> Report:
-        """The typed report, equal to ``report.json``."""
+        """The typed report, equal to ``report.json``.
+
+        Raises:
+            UsageError: The bundle has several parts, with a report each.
+        """
+        if self.manifest.parts:
+            raise UsageError(
+                "the bundle has a report for each of its parts",
+                found=", ".join(self.manifest.parts),
+                help=f'choose one: `bundle.part("{next(iter(self.manifest.parts))}").report`',
+            )
         return Report.load(self.path / REPORT)
 
     def run(self, feeds: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
@@ -91,7 +134,17 @@ class Bundle:
         if not wanted:
             wanted = {value.name: "" for value in session.get_inputs()}
         if set(feeds) != set(wanted):
-            raise UsageError("the inputs are not those of the engine", needed=", ".join(wanted), found=", ".join(feeds))
+            raise UsageError(
+                "the inputs are not those of the engine",
+                needed=", ".join(wanted),
+                found=", ".join(feeds),
+                help="; ".join(
+                    f"the policy added {contract}: {contract.doc} ({contract.unguided:g} in all places = not guided)"
+                    for contract in self.manifest.inputs
+                    if contract.unguided is not None and contract.name not in feeds
+                )
+                or None,
+            )
         arrays = {name: np.asarray(value) for name, value in feeds.items()}
         for name, dtype in wanted.items():
             if dtype and str(arrays[name].dtype) != dtype:
@@ -131,6 +184,28 @@ class Bundle:
                 found=f"`{name}` is {what}{more}",
                 help="compile the model again with --force",
             )
+
+
+class _Part(Bundle):
+    """A part of a bundle: its own report and reference, engines of the whole's folder."""
+
+    def __init__(self, whole: Bundle, name: str, entry: PartEntry) -> None:
+        self.path = whole.path / entry.folder
+        self._root = whole.path
+        own = entry.model_dump(exclude={"folder"})
+        self.manifest = whole.manifest.model_copy(
+            update={**{key: getattr(entry, key) for key in own}, "parts": {}, "media": None, "files": {}}
+        )
+        self.name = name
+
+    @property
+    def root(self) -> Path:
+        return self._root
+
+    @property
+    def baseline(self) -> Path:
+        engine = self.engine("onnx")
+        return engine.with_name(f"baseline.{engine.name}")
 
 
 class BundleWriter:

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 
 from tokcc.backends.feeds import Feeds
+from tokcc.backends.generation.added import nothing_for
 from tokcc.backends.parity import Tolerance, oracle
 from tokcc.errors import ParityError
 from tokcc.ir.program import Program
+from tokcc.passes.inputs import EngineInput, random_values
+from tokcc.passes.prompt.plan import PromptPlan
 
 __all__ = ["check_rebuilt", "decoder_calls", "empty_past", "lengths_past", "next_past"]
 
@@ -37,6 +40,8 @@ def decoder_calls(
     *,
     seed: int = 0,
     lengths: Sequence[int] = LENGTHS,
+    added: Sequence[EngineInput] = (),
+    prompt: PromptPlan | None = None,
 ) -> tuple[list[Feeds], list[list[torch.Tensor]]]:
     """Run the reference call after call from an empty cache and return what went in and what came out.
 
@@ -49,37 +54,61 @@ def decoder_calls(
         reference: The eager oracle.
         seed: Of the tokens.
         lengths: New tokens of each call.
+        added: Inputs that the policy added: random values for texts, and nothing for single tokens.
+        prompt: Where prompts get shorter: the first call then is one that can.
     """
-    generator = torch.Generator().manual_seed(seed)
-    total, largest = sum(lengths), int(example["input_ids"].max())
-    if largest >= total:
-        rows = [torch.randperm(largest, generator=generator)[:total] + 1 for _ in range(3)]
-    else:
-        rows = [torch.randint(0, largest + 1, (total,), generator=generator) for _ in range(3)]
-    ids, mask = torch.stack(rows), torch.ones(3, total, dtype=torch.int64)
+    if prompt is not None:
+        lengths = (max(lengths[0], prompt.shortest + 9), *lengths[1:])
+    total, generator = sum(lengths), torch.Generator().manual_seed(seed)
+    name, tokens = _random_tokens(example, total, generator)
+    mask = torch.ones(3, total, dtype=torch.int64)
     if "attention_mask" in example:
-        mask[1, : lengths[0] // 3] = 0
+        mask[1, : min(lengths[0] // 3, 8)] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    past = empty_past(program, len(ids))
+    past = empty_past(program, len(tokens))
     feeds: list[Feeds] = []
     outputs: list[list[torch.Tensor]] = []
     start = 0
     for length in lengths:
         stop = start + length
         known = {
-            "input_ids": ids[:, start:stop],
+            name: tokens[:, start:stop],
             "attention_mask": mask[:, :stop],
-            "position_ids": positions[:, start:stop],
+            "position_ids": _for_axes(example, positions[:, start:stop]),
         }
-        feed = {
-            name: (known[name].to(example[name].dtype) if name in known else past[name])
-            for name in (program.public_name(node) for node in program.user_inputs)
-        }
+        known |= {each: known[each].to(example[each].dtype) for each in known if each in example}
+        known |= past
+        if length > 1:
+            known |= random_values(program, added, known, generator)
+        else:
+            known |= {s.name: torch.from_numpy(nothing_for(s, len(tokens), 1)).to(s.dtype) for s in added}
+        if prompt is not None and start == 0:
+            known |= prompt.dressed(known)
+        feed = {given: known[given] for given in (program.public_name(node) for node in program.user_inputs)}
         feeds.append(feed)
         outputs.append(reference(feed))
         past = next_past(program.output_names, outputs[-1])
         start = stop
     return feeds, outputs
+
+
+def _random_tokens(example: Feeds, total: int, generator: torch.Generator) -> tuple[str, torch.Tensor]:
+    """Return the name of the tokens' input, and three rows of random ones ``[3, T]`` or ``[3, T, H]``."""
+    known = example.get("inputs_embeds")
+    if known is not None:
+        return "inputs_embeds", torch.randn(3, total, known.shape[2], generator=generator)
+    largest = int(example["input_ids"].max())
+    if largest >= total:
+        rows = [torch.randperm(largest, generator=generator)[:total] + 1 for _ in range(3)]
+    else:
+        rows = [torch.randint(0, largest + 1, (total,), generator=generator) for _ in range(3)]
+    return "input_ids", torch.stack(rows)
+
+
+def _for_axes(example: Feeds, positions: torch.Tensor) -> torch.Tensor:
+    """Repeat positions ``[B, S]`` where a model takes them by frame, row and column: ``[3, B, S]``."""
+    known = example.get("position_ids")
+    return positions if known is None or known.ndim == 2 else positions.expand(known.shape[0], -1, -1)
 
 
 def check_rebuilt(original: Program, rebuilt: Program, example: Feeds, lengths: Sequence[int] = (9,)) -> None:
@@ -99,7 +128,7 @@ def check_rebuilt(original: Program, rebuilt: Program, example: Feeds, lengths: 
     names = {original.public_name(a): rebuilt.public_name(b) for a, b in inputs}
     for feed, got in zip(*decoder_calls(rebuilt, example, oracle(rebuilt), lengths=lengths), strict=True):
         wanted = before({name: feed[other] for name, other in names.items()})
-        new = feed["input_ids"].shape[1]
+        new = feed["input_ids" if "input_ids" in feed else "inputs_embeds"].shape[1]
         real = feed["attention_mask"][:, -new:].to(torch.bool) if "attention_mask" in feed else None
         for name, a, b in zip(rebuilt.output_names, wanted, got, strict=True):
             if name.startswith(_PRESENT):

@@ -11,7 +11,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from tokcc.errors import UsageError
 
-__all__ = ["MANIFEST", "BackendEntry", "FileEntry", "Manifest", "State", "TensorContract", "hash_files"]
+__all__ = [
+    "MANIFEST",
+    "BackendEntry",
+    "FieldEntry",
+    "FileEntry",
+    "Manifest",
+    "Media",
+    "PartEntry",
+    "State",
+    "TensorContract",
+    "hash_files",
+]
 
 MANIFEST = "manifest.json"
 
@@ -39,11 +50,18 @@ class TensorContract(_Frozen):
         name: As in the original export.
         dtype: numpy's name, such as ``float32``.
         shape: A number, or a symbol for a dynamic axis.
+        doc: What it holds, where the policy added the input.
+        unguided: What to feed to such an input, in all places, where the method is not to be guided.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    doc: str | None = None
+    unguided: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
 class BackendEntry(_Frozen):
@@ -56,6 +74,84 @@ class BackendEntry(_Frozen):
 
     engine: InBundle
     details: dict[str, str | int | float | bool] = Field(default_factory=dict)
+
+
+class PartEntry(_Frozen):
+    """One of several engines that work together.
+
+    Attributes:
+        folder: Where its report, reference and applied policy are.
+        inputs: As of :class:`Manifest`.
+        outputs: The same.
+        ranges: The same.
+        backends: The same.
+    """
+
+    folder: InBundle
+    inputs: tuple[TensorContract, ...] = ()
+    outputs: tuple[TensorContract, ...] = ()
+    ranges: dict[str, tuple[int, int | None]] = Field(default_factory=dict)
+    backends: dict[str, BackendEntry] = Field(default_factory=dict)
+
+
+class FieldEntry(_Frozen):
+    """A field of a file that runtimes read, and what it has to be for this engine."""
+
+    file: InBundle
+    field: str
+    value: int | str
+
+
+class Media(_Frozen):
+    """How images or sounds come into a prompt.
+
+    Attributes:
+        task: What the model does.
+        family: Its family.
+        part: The part that encodes them.
+        input: Its main input.
+        output: Its features ``[n, tokens, H]``.
+        index: Its output that says which of the `stock_tokens` they are, int64 ``[n, tokens]``, if there is one.
+        token_id: The placeholder in prompts.
+        unit: What n counts: ``image``, ``tile`` or ``sound``.
+        stock_tokens: Placeholders of a unit as the model was made.
+        tokens: Placeholders of a unit that this engine wants.
+        positions: ``rows`` = one number a token, ``grid`` = frame, row and column.
+        masks: Inputs of the decoder that say which of its tokens are placeholders, int64 ``[B, S]``: policies add them.
+        valid: Its output bool ``[n, tokens]`` that says which of them are there, where that depends on the image.
+        lengths: Its output that says how many rows of a unit count, int64 ``[n]``, where units are padded.
+        packing: How units become an image's rows: ``flat`` or ``anyres``.
+        pixels: Height and width of the images that an engine for one shape is made for.
+        pinpoints: Heights and widths that images are scaled to before they are cut into tiles.
+        grid: Frames, rows and columns of a unit's `stock_tokens`, where positions are a grid.
+        line_end: File with the row at the end of a line of tiles, if there is one.
+        edits: What was changed in the processor's files, so that it writes `tokens` placeholders.
+        javascript: What transformers.js needs there instead.
+        refusal: Why no field of a stock processor makes it write that number.
+    """
+
+    task: str
+    family: str
+    part: str
+    input: str
+    output: str
+    index: str | None = None
+    masks: tuple[str, ...] = ()
+    valid: str | None = None
+    lengths: str | None = None
+    token_id: int
+    unit: str
+    stock_tokens: int
+    tokens: int
+    positions: Literal["rows", "grid"] = "rows"
+    packing: Literal["flat", "anyres"] = "flat"
+    pixels: tuple[int, int] | None = None
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    grid: tuple[int, int, int] | None = None
+    line_end: InBundle | None = None
+    edits: tuple[FieldEntry, ...] = ()
+    javascript: tuple[FieldEntry, ...] = ()
+    refusal: str | None = None
 
 
 class FileEntry(_Frozen):
@@ -79,6 +175,9 @@ class Manifest(_Frozen):
         outputs: What the engines give, in order.
         ranges: Smallest and largest value of each symbol in the shapes; None = unbounded.
         backends: The engines.
+        parts: Engines that work together, by name; then there are no `inputs`, `outputs` and `backends` of the whole.
+        media: How images or sounds come into a prompt, for such engines.
+        notes: What a caller of several parts should know.
         versions: Of the packages that took part.
         files: Every file but the manifest itself.
     """
@@ -93,6 +192,9 @@ class Manifest(_Frozen):
     outputs: tuple[TensorContract, ...] = ()
     ranges: dict[str, tuple[int, int | None]] = Field(default_factory=dict)
     backends: dict[str, BackendEntry] = Field(default_factory=dict)
+    parts: dict[str, PartEntry] = Field(default_factory=dict)
+    media: Media | None = None
+    notes: tuple[str, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
     files: dict[InBundle, FileEntry] = Field(default_factory=dict)
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokcc.backends.manifest import FieldEntry
 from tokcc.capture.hf import gguf_file
 from tokcc.capture.hf_decoder import CausalDecoder
 from tokcc.capture.loaded import Loaded
 from tokcc.errors import LoadError
 
-__all__ = ["TOKENIZER_FILES", "save_runtime_files", "stop_tokens"]
+__all__ = ["TOKENIZER_FILES", "edit_fields", "save_processor_files", "save_runtime_files", "stop_tokens"]
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 TOKENIZER_FILES = (
@@ -34,6 +35,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
+_DECODER_FILES = (_CONFIG, _GENERATION, *TOKENIZER_FILES)
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _TOKENIZER_ITSELF = {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model"}
 _TOKENIZER_ITSELF |= {"spiece.model"}
 # How pickles begin, and the archives that hold them: no tokenizer of the formats above begins so.
@@ -63,6 +66,33 @@ def save_runtime_files(loaded: Loaded, output: Path) -> tuple[str, ...]:
     return tuple(remarks)
 
 
+def save_processor_files(source: str, output: Path) -> tuple[str, ...]:
+    """Put what runtimes need next to engines that read images or sounds: the processor's files, too.
+
+    Args:
+        source: How the model was named; nothing is done when it is no folder.
+        output: The bundle.
+
+    Returns:
+        Remarks.
+
+    Raises:
+        LoadError: A file of the model's folder cannot be read.
+    """
+    folder = Path(source)
+    if not (folder / _CONFIG).is_file():
+        return ()
+    return tuple(_from_folder(folder, output, (*_DECODER_FILES, *_PROCESSOR_FILES)))
+
+
+def edit_fields(output: Path, edits: Iterable[FieldEntry]) -> None:
+    """Set fields in files of a bundle; a file that is not there is made."""
+    for edit in edits:
+        path = output / edit.file
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        _write_json(path, {**content, edit.field: edit.value})
+
+
 def stop_tokens(folder: Path) -> tuple[int, ...]:
     """Return the tokens that end a text, from the files beside an engine; none when they do not say."""
     for name in (_GENERATION, _CONFIG):
@@ -78,8 +108,8 @@ def stop_tokens(folder: Path) -> tuple[int, ...]:
     return ()
 
 
-def _from_folder(folder: Path, output: Path) -> Iterator[str]:
-    for name in (_CONFIG, _GENERATION, *TOKENIZER_FILES):
+def _from_folder(folder: Path, output: Path, names: Sequence[str] = _DECODER_FILES) -> Iterator[str]:
+    for name in names:
         source, target = folder / name, output / name
         if not source.is_file():
             continue

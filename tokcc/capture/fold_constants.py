@@ -47,7 +47,7 @@ class FoldConstants:
             if not isinstance(value, torch.Tensor) or not read:
                 continue
             program, constant = program.add_constant(
-                f"tokcc_folded_{node.name}", value.detach().contiguous(), mode.from_tensor(value, static_shapes=True)
+                f"tokcc_folded_{node.name}", _whole(value), mode.from_tensor(value, static_shapes=True)
             )
             for user in read:
                 user.replace_input_with(node, constant)
@@ -64,3 +64,9 @@ class FoldConstants:
         tensors = [value] if isinstance(value, torch.Tensor) else list(value) if isinstance(value, list | tuple) else []
         sizes: list[Any] = [t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)]
         return bool(sizes) and all(isinstance(size, int) and size <= self.max_bytes for size in sizes)
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that is all of its storage: archives keep the storage, and warn of parts of one."""
+    made = value.detach().contiguous()
+    return made if made.untyped_storage().nbytes() == made.numel() * made.element_size() else made.clone()

@@ -7,6 +7,7 @@ import io
 import json
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tokcc.capture.inputs import InputSpec, describe
 from tokcc.capture.loaded import Loaded
 from tokcc.errors import CaptureError, LoadError
 
-__all__ = ["load_folder"]
+__all__ = ["OpenedFolder", "gguf_file", "load_folder", "opened_folder", "preprocessor_in"]
 
 _PREPROCESSORS = (
     "tokenizer.json",
@@ -38,6 +39,56 @@ def load_folder(
 
     Raises:
         LoadError: The folder is not a model folder, or its weights do not serve the task.
+    """
+    with opened_folder(folder, allow_pickle=allow_pickle) as opened:
+        chosen = choose_task(task, opened.config)
+        model, config, missing = opened.load(chosen, dtype)
+    outputs = [name for name in chosen.outputs if not (name == "pooler_output" and missing)]
+    if chosen.generates:
+        return _decoder(folder, model, config, dtype or torch.float32, chosen)
+    wrapper = wrap(model, config, outputs)
+    defaults = default_specs(wrapper, config, folder, dtype or torch.float32) if not _complete(wrapper, specs) else {}
+    inputs = example_inputs(wrapper, config, defaults, specs)
+    wrapper.outputs = _existing_outputs(model, inputs, outputs)
+    return Loaded(
+        source=str(folder),
+        module=wrapper,
+        example_kwargs=inputs,
+        dynamic_shapes=default_dynamic(inputs, wrapper, config),
+        task=chosen.name,
+        preprocessor=preprocessor_in(folder),
+        label_names=_labels(config) if chosen.has_labels else (),
+    )
+
+
+@dataclass(frozen=True)
+class OpenedFolder:
+    """A model folder whose configuration was read.
+
+    Attributes:
+        folder: The folder.
+        config: The configuration.
+        pickled: Whether the weights are pickles.
+        gguf: The GGUF file, or None.
+    """
+
+    folder: Path
+    config: Any
+    pickled: bool
+    gguf: str | None
+
+    def load(self, task: Task, dtype: torch.dtype | None) -> tuple[nn.Module, Any, bool]:
+        """Load the weights for a task; also return the part's configuration and whether its pooler had none."""
+        kind = dtype or torch.float32
+        return _load_model(self.folder, task, self.config, kind, pickled=self.pickled, gguf=self.gguf)
+
+
+@contextlib.contextmanager
+def opened_folder(folder: Path, *, allow_pickle: bool) -> Iterator[OpenedFolder]:
+    """Read a folder's configuration, with transformers kept quiet until the end of the block.
+
+    Raises:
+        LoadError: The folder is not a model folder, or brings code or pickles.
     """
     gguf = gguf_file(folder)
     if gguf is None:
@@ -66,24 +117,12 @@ def load_folder(
             ) from error
         except (ValueError, KeyError, OSError, TypeError) as error:
             raise _cannot_load(folder, error) from error
-        chosen = choose_task(task, config)
-        model, config, missing = _load_model(folder, chosen, config, dtype or torch.float32, pickled=pickled, gguf=gguf)
-    outputs = [name for name in chosen.outputs if not (name == "pooler_output" and missing)]
-    if chosen.generates:
-        return _decoder(folder, model, config, dtype or torch.float32, chosen)
-    wrapper = wrap(model, config, outputs)
-    defaults = default_specs(wrapper, config, folder, dtype or torch.float32) if not _complete(wrapper, specs) else {}
-    inputs = example_inputs(wrapper, config, defaults, specs)
-    wrapper.outputs = _existing_outputs(model, inputs, outputs)
-    return Loaded(
-        source=str(folder),
-        module=wrapper,
-        example_kwargs=inputs,
-        dynamic_shapes=default_dynamic(inputs, wrapper, config),
-        task=chosen.name,
-        preprocessor=folder if any((folder / name).is_file() for name in _PREPROCESSORS) else None,
-        label_names=_labels(config) if chosen.has_labels else (),
-    )
+        yield OpenedFolder(folder, config, pickled, gguf)
+
+
+def preprocessor_in(folder: Path) -> Path | None:
+    """Return the folder if it holds files of a tokenizer or a processor."""
+    return folder if any((folder / name).is_file() for name in _PREPROCESSORS) else None
 
 
 def gguf_file(folder: Path) -> str | None:
@@ -118,7 +157,7 @@ def _decoder(folder: Path, model: nn.Module, config: Any, dtype: torch.dtype, ta
         example_kwargs=inputs,
         dynamic_shapes=decoder_dynamic(inputs),
         task=task.name,
-        preprocessor=folder if any((folder / name).is_file() for name in _PREPROCESSORS) else None,
+        preprocessor=preprocessor_in(folder),
     )
 
 

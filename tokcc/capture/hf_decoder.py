@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.export import Dim
 
 from tokcc.errors import CaptureError
 
-__all__ = ["CausalDecoder", "decoder_dynamic", "decoder_inputs"]
+__all__ = ["CausalDecoder", "Past", "appending_cache", "cache_shapes", "decoder_dynamic", "decoder_inputs"]
 
 Past = list[dict[str, Tensor]]
 _BATCH, _NEW, _PAST = 2, 3, 5  # sizes of 0 and 1 would be fixed by the trace
@@ -104,17 +104,35 @@ def decoder_inputs(model: nn.Module, config: Any, dtype: torch.dtype) -> dict[st
     """Return example inputs: a second call over a short past.
 
     Raises:
-        CaptureError: The model does not cache keys and values of every layer (state-space and hybrid models).
+        CaptureError: As :func:`cache_shapes`.
     """
     vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 2)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (_BATCH, _NEW), generator=generator)
     with torch.no_grad():
         result = model(input_ids=ids, use_cache=True)
+
+    def past(like: Sequence[int]) -> Tensor:
+        return torch.randn(_BATCH, like[1], _PAST, like[3], generator=generator).to(dtype)
+
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones(_BATCH, _PAST + _NEW, dtype=torch.int64),
+        "position_ids": torch.arange(_PAST, _PAST + _NEW).expand(_BATCH, _NEW).clone(),
+        "past_key_values": [{"key": past(keys), "value": past(values)} for keys, values in cache_shapes(result)],
+    }
+
+
+def cache_shapes(result: Any) -> list[tuple[torch.Size, torch.Size]]:
+    """Return the shapes of keys and values of each layer that a model's result holds.
+
+    Raises:
+        CaptureError: The model does not cache keys and values of every layer (state-space and hybrid models).
+    """
     layers = getattr(getattr(result, "past_key_values", None), "layers", None)
     pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers or ()]
     shapes = [
-        (keys, values)
+        (keys.shape, values.shape)
         for keys, values in pairs
         if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == values.ndim == 4
     ]
@@ -125,16 +143,7 @@ def decoder_inputs(model: nn.Module, config: Any, dtype: torch.dtype) -> dict[st
             found=type(getattr(result, "past_key_values", None)).__name__,
             help="state-space and hybrid models are not supported; compile their parts through a factory",
         )
-
-    def past(like: Tensor) -> Tensor:
-        return torch.randn(_BATCH, like.shape[1], _PAST, like.shape[3], generator=generator).to(dtype)
-
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones(_BATCH, _PAST + _NEW, dtype=torch.int64),
-        "position_ids": torch.arange(_PAST, _PAST + _NEW).expand(_BATCH, _NEW).clone(),
-        "past_key_values": [{"key": past(keys), "value": past(values)} for keys, values in shapes],
-    }
+    return shapes
 
 
 def decoder_dynamic(inputs: Mapping[str, Any]) -> dict[str, Any]:

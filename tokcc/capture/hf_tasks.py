@@ -9,7 +9,7 @@ from typing import Any
 
 from tokcc.errors import LoadError
 
-__all__ = ["TASKS", "Task", "choose_task", "model_class"]
+__all__ = ["MULTIMODAL", "TASKS", "Task", "choose_task", "model_class"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ TASKS: dict[str, Task] = {
         Task("fill-mask", "AutoModelForMaskedLM", ("logits",)),
         Task("text-generation", "AutoModelForCausalLM", ("logits",), generates=True),
     )
+}
+# Models that are loaded in parts, see tokcc.capture.vlm.
+MULTIMODAL: dict[str, Task] = {
+    "image-text-to-text": Task("image-text-to-text", "AutoModelForImageTextToText", ("logits",), generates=True),
+    "audio-text-to-text": Task("audio-text-to-text", "AutoModelForMultimodalLM", ("logits",), generates=True),
 }
 # Ending of a class name in config.json -> task. The first match counts.
 _ARCHITECTURES = (

@@ -36,6 +36,7 @@ from tokcc.capture.inputs import (
     split_example_inputs,
 )
 from tokcc.capture.loaded import Loaded
+from tokcc.capture.vlm.load import is_multimodal
 from tokcc.errors import CaptureError, LoadError, UsageError
 
 __all__ = ["Loaded", "load"]
@@ -77,6 +78,12 @@ def load(
     specs, ranges, wanted = parse_inputs(inputs), parse_dynamic(dynamic), parse_dtype(dtype)
     _refuse_both(example_inputs is not None and specs, "example_inputs", "--input (inputs=)")
     _refuse_both(dynamic_shapes is not None and ranges, "dynamic_shapes", "--dynamic (dynamic=)")
+    if is_multimodal(model, task):
+        raise LoadError(
+            "the model reads images or sounds beside text, and is compiled in parts",
+            needed="`tokcc compile`, which makes an encoder, an embedding and a decoder of it",
+            help="or give one of the parts: `tokcc.capture.vlm.load.load_parts`",
+        )
     loaded = _open(model, task=task, specs=specs, dtype=wanted, allow_pickle=allow_pickle)
     if loaded.exported is not None:
         _refuse_both(dynamic_shapes is not None or ranges, "dynamic axes", "an exported program, whose axes are fixed")

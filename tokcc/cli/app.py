@@ -12,6 +12,7 @@ import typer
 from tokcc.cli.bundles import bench, calibrate, report, verify
 from tokcc.cli.compile import compile_command
 from tokcc.cli.doctor import doctor
+from tokcc.cli.gallery import gallery_command
 from tokcc.cli.inspect import inspect_command
 from tokcc.cli.presets import presets
 from tokcc.cli.profile import profile_command
@@ -37,6 +38,7 @@ def _command(function: Any, name: str, example: str) -> None:
 
 _command(compile_command, "compile", "tokcc compile model.pt --policy tome -o out/ --calib photos/")
 _command(inspect_command, "inspect", "tokcc inspect model.pt")
+_command(gallery_command, "gallery", "tokcc gallery --image photo.jpg -o gallery.html")
 _command(presets, "presets", "tokcc presets --show tome > policy.yaml")
 _command(profile_command, "profile", "tokcc profile smollm2/ -o heads.json")
 _command(verify, "verify", "tokcc verify out/")

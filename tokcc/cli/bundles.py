@@ -62,6 +62,9 @@ def bench(
     runs: Annotated[int, typer.Option(min=1, help="Timed runs of each engine.")] = 30,
     threads: Annotated[int, typer.Option(min=0, help="Threads for the runtime; 0 = its default.")] = 0,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size, where the engine's is dynamic.")] = None,
+    part: Annotated[
+        str | None, typer.Option(help="Of a bundle of several parts, such as `decoder`.", show_default=False)
+    ] = None,
     seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
@@ -77,7 +80,7 @@ def bench(
         if against is not None and not against.is_file():
             raise UsageError(f"there is no engine `{against}`", needed="an ONNX file")
         measured = pipeline.bench(
-            Bundle.open(bundle),
+            Bundle.open(bundle) if part is None else Bundle.open(bundle).part(part),
             against=against,
             runs=runs,
             threads=threads,
@@ -109,6 +112,11 @@ def report(
         from tokcc.cli.summary import fidelity_table
 
         opened = Bundle.open(bundle)
+        if opened.manifest.parts:
+            show_bundle(out, opened)
+            for name in opened.manifest.parts:
+                out.plain(str(opened.part(name).path / "report.html"))
+            return
         page = opened.path / "report.html"
         if rebuild or not page.is_file():
             from tokcc import pipeline

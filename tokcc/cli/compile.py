@@ -160,6 +160,9 @@ def _advise(out: Output, model: str, loading: dict[str, Any]) -> NoReturn:
 
 def show_bundle(out: Output, bundle: Bundle) -> None:
     """Print what a compile or a calibration gave."""
+    if bundle.manifest.parts:
+        _show_parts(out, bundle)
+        return
     report = bundle.report
     out.data(
         {
@@ -174,14 +177,46 @@ def show_bundle(out: Output, bundle: Bundle) -> None:
         out.plain(str(bundle.path))
 
 
+def _show_parts(out: Output, bundle: Bundle) -> None:
+    """Print the report of each part, and how images come into prompts."""
+    manifest = bundle.manifest
+    parts = {name: bundle.part(name) for name in manifest.parts}
+    media = manifest.media
+    out.data(
+        {
+            "bundle": str(bundle.path),
+            "state": manifest.state,
+            "engines": {name: {k: str(part.engine(k)) for k in part.manifest.backends} for name, part in parts.items()},
+            "media": None if media is None else media.model_dump(mode="json"),
+            "reports": {name: part.report.model_dump(mode="json") for name, part in parts.items()},
+        }
+    )
+    for name, part in parts.items():
+        if name != "embed_tokens":
+            out.show("", f"[bold]{name}[/bold]")
+            out.report(part.report, bundle.path)
+    if media is not None:
+        out.show("", f"{media.tokens} tokens for each {media.unit}, of {media.stock_tokens}")
+        if media.refusal is not None:
+            out.show(f"stock processors cannot write that number of placeholders: {media.refusal}")
+        for edit in media.edits:
+            out.show(f"{edit.file}: {edit.field} = {edit.value}")
+    for note in manifest.notes:
+        out.show(f"note: {note}")
+    if out.quiet:
+        out.plain(str(bundle.path))
+
+
 def missed_gate(bundle: Bundle) -> None:
     """Fail when the bundle is marked.
 
     Raises:
         GateError: A gate was missed; the bundle stays.
     """
+    if bundle.manifest.state == "ok":
+        return
     missed = [gate for gate in bundle.report.gates if not gate.passed]
-    if bundle.manifest.state == "ok" or not missed:
+    if not missed:
         return
     kind = GateError if bundle.manifest.state == "accuracy_gate_missed" else SpeedGateError
     first = next((gate for gate in missed if (gate.kind == "accuracy") == (kind is GateError)), missed[0])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import unicodedata
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +16,11 @@ from tokcc.cli.output import Json, Output, Quiet, Verbose
 from tokcc.errors import UsageError
 
 if TYPE_CHECKING:
+    from tokcc.backends.bundle import Bundle
     from tokcc.backends.generation import Generation
+    from tokcc.backends.generation.text import Tokenizer
+
+    _Begin = Callable[[str, Tokenizer], tuple[list[int], Callable[..., Generation]]]
 
 __all__ = ["run"]
 
@@ -21,8 +28,22 @@ __all__ = ["run"]
 def run(
     bundle: BundlePath,
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="The text to continue; `-` reads it from standard input.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help="The text to continue; `-` reads it from standard input.", show_default=False
+        ),
+    ] = None,
+    text_of: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="The same, as an option.", show_default=False)
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image",
+            metavar="FILE",
+            help="An image for the prompt, where the model reads images; repeatable, in the order of placeholders.",
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after this many.")] = 128,
     temperature: Annotated[
         float | None,
@@ -44,18 +65,20 @@ def run(
     out = Output(json=json, quiet=quiet, verbose=verbose)
     with out.running():
         from tokcc.backends.bundle import Bundle
-        from tokcc.backends.generation import Generator, Sampling
+        from tokcc.backends.generation import Sampling
         from tokcc.backends.generation.text import Tokenizer
 
         if temperature is None:
             temperature = 1.0 if top_k or top_p < 1 else 0.0
         sampling = Sampling(temperature, top_k, top_p, seed)
         opened = Bundle.open(bundle)
-        generator = Generator(opened, threads=threads)
+        if (prompt is None) == (text_of is None):
+            raise UsageError("one prompt is needed", needed="PROMPT after the bundle, or --prompt TEXT")
+        words = _read(prompt or text_of or "")
+        begin = _with_images(opened, image, threads) if image else _text_alone(opened, threads)
         tokenizer = Tokenizer(opened.path)
-        ids = tokenizer.encode(_read(prompt))
-        if not ids:
-            raise UsageError("the prompt is empty", needed="some text", help="give it in quotes after the bundle")
+        ids, stream = begin(words, tokenizer)
+        generation = stream(max_new_tokens=max_new_tokens, sampling=sampling)
         text = tokenizer.stream(ids)
         pieces: list[str] = []
 
@@ -63,7 +86,6 @@ def run(
             pieces.append(piece)
             out.write(_printable(piece))
 
-        generation = generator.stream([ids], max_new_tokens=max_new_tokens, sampling=sampling)
         try:
             for (token,) in generation:
                 if token is not None:
@@ -73,6 +95,36 @@ def run(
             out.write("\n")  # an error or Ctrl-C starts on a line of its own
         out.data(_facts(generation, "".join(pieces), len(ids)))
         out.note(_summary(generation, len(ids)))
+
+
+def _text_alone(bundle: Bundle, threads: int) -> _Begin:
+    """Return what begins a generation from text."""
+    from tokcc.backends.generation import Generator
+
+    generator = Generator(bundle, threads=threads)
+
+    def begin(words: str, tokenizer: Tokenizer) -> tuple[list[int], Callable[..., Generation]]:
+        ids = tokenizer.encode(words)
+        if not ids:
+            raise UsageError("the prompt is empty", needed="some text", help="give it in quotes after the bundle")
+        return ids, partial(generator.stream, [ids])
+
+    return begin
+
+
+def _with_images(bundle: Bundle, images: Sequence[Path], threads: int) -> _Begin:
+    """Return what begins a generation from images and text: the processor has a tokenizer of its own."""
+    from tokcc.backends.processing import Processor
+    from tokcc.backends.vlm import VisionLanguage
+
+    model = VisionLanguage(bundle, threads=threads)
+
+    def begin(words: str, tokenizer: Tokenizer) -> tuple[list[int], Callable[..., Generation]]:
+        del tokenizer
+        ids, pictures = Processor(bundle.path, model.media, tile=model.tile).read(words, images)
+        return ids, partial(model.stream, [ids], [pictures])
+
+    return begin
 
 
 def _read(prompt: str) -> str:

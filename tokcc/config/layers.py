@@ -11,7 +11,7 @@ from tokcc.config.checks import Strict, nearest, problem
 
 __all__ = ["At", "Site"]
 
-Site = Literal["after_attention", "block_output", "encoder_output"]
+Site = Literal["after_attention", "block_output", "encoder_output", "projector_output"]
 
 _RANGE = re.compile(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*(?::\s*([1-9]\d*)?\s*)?")
 _WORDS = ("all", "even", "odd")
@@ -58,10 +58,12 @@ class At(Strict):
         layers: ``all``, ``even``, ``odd``, a range (``4:``, ``2:10``, ``:6``), or a list of layer numbers, ranges and
             fractions of the depth. Layers count from 0; negative ones count from the end.
         site: Where in the block the node goes.
+        part: Of a model that is compiled in parts. By default caches are the decoder's and all else is the encoder's.
     """
 
     layers: Annotated[str | tuple[int | float | str, ...], BeforeValidator(_check_layers)] = "all"
     site: Site = "after_attention"
+    part: Literal["encoder", "decoder"] | None = None
 
     def resolve(self, num_layers: int) -> tuple[int, ...]:
         """Return the chosen layer numbers of a model, sorted.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from tokcc.config.checks import listed, nearest, show
 from tokcc.config.failures import Origin
-from tokcc.config.policy import Policy, find_conflict
+from tokcc.config.policy import OutputContract, Policy, find_conflict
 from tokcc.config.preset import Preset
 from tokcc.config.yaml_lines import Lines, read_yaml
 from tokcc.errors import PolicyError
@@ -31,16 +31,38 @@ class LoadedPolicy:
         origin: The file's name, or words for a preset or a dict.
         lines: Line (from 1) of paths in ``policy``; a path that was not written has the line of the nearest parent.
         numbers: The number of each step as the author counts them.
+        folder: Where its file lies: files that it names are relative to it. None without a file.
     """
 
     policy: Policy
     origin: str
     lines: Lines
     numbers: tuple[int, ...] = ()
+    folder: Path | None = None
 
     def where(self, path: Sequence[str | int]) -> str:
         """Return the place of a path for messages, such as ``policy.yaml:4  step 1 `tome`, at.layers: [3]``."""
         return Origin(self.origin, self.lines, self.numbers).where(path, self.policy.model_dump(exclude_none=True))
+
+    def only(self, steps: Sequence[int], outputs: Mapping[str, OutputContract]) -> LoadedPolicy:
+        """Return a policy of some of the steps, which keep their numbers and lines.
+
+        Args:
+            steps: Indices of the steps.
+            outputs: What takes the place of the output contracts.
+        """
+        places: dict[tuple[str | int, ...], tuple[str | int, ...]] = {
+            ("steps", old): ("steps", new) for new, old in enumerate(steps)
+        }
+        lines = {
+            (*places[path[:2]], *path[2:]) if path[:2] in places else path: line
+            for path, line in self.lines.items()
+            if path[:2] in places or path[:1] != ("steps",) or len(path) == 1
+        }
+        policy = self.policy.model_copy(
+            update={"steps": tuple(self.policy.steps[i] for i in steps), "outputs": dict(outputs)}
+        )
+        return replace(self, policy=policy, lines=lines, numbers=tuple(self.numbers[i] for i in steps))
 
 
 def load_policy(source: str | Path | Mapping[str, Any] | Policy, *, presets: Mapping[str, Preset]) -> LoadedPolicy:
@@ -67,7 +89,8 @@ def load_policy(source: str | Path | Mapping[str, Any] | Policy, *, presets: Map
         )
     path = _file_of(source, presets)
     located = read_yaml(path)
-    return _load_data(located.data, Origin(path.name, located.lines), presets, path.stem)
+    loaded = _load_data(located.data, Origin(path.name, located.lines), presets, path.stem)
+    return replace(loaded, folder=path.parent)
 
 
 def _file_of(source: str | Path, presets: Mapping[str, Preset]) -> Path:

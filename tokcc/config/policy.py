@@ -120,6 +120,8 @@ class Budget(Strict):
         of: Whether fractions count the tokens that are there, or those that the model began with.
         inflection: With ``remove``: ToMe's schedule, from -1 (decreasing) over 0 (constant) to 1 (increasing).
         ramp: With ``keep``: a linear fall over the layers.
+        compound: With ``keep``: the i-th chosen layer keeps ``keep ** i``, i from 1; with ``of: initial`` the same
+            share is lost at each, without adding up what rounding leaves.
     """
 
     keep: Annotated[float | None, real(above=0, most=1)] = None
@@ -134,6 +136,7 @@ class Budget(Strict):
     of: Literal["current", "initial"] = "current"
     inflection: Annotated[float | None, real(least=-1, most=1)] = None
     ramp: Ramp | None = None
+    compound: bool | None = None
 
     @model_validator(mode="after")
     def _one_amount(self) -> Budget:
@@ -148,6 +151,8 @@ class Budget(Strict):
             raise problem("`inflection` goes with `remove` only", needed="`remove`", key="inflection")
         if self.ramp is not None and self.keep is None:
             raise problem("`ramp` goes with `keep` only", needed="`keep`", key="ramp")
+        if self.compound and (self.keep is None or self.ramp is not None):
+            raise problem("`compound` goes with `keep` only", needed="`keep`, without `ramp`", key="compound")
         return self
 
     @property

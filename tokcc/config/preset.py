@@ -116,7 +116,7 @@ class Preset(Strict):
     title: str
     paper: str
     fidelity: Literal["code", "paper", "abstract"]
-    needs: tuple[Literal["cls", "text", "trained", "attention"], ...] = ()
+    needs: tuple[Literal["cls", "text", "inputs", "trained", "attention", "decoder"], ...] = ()
     notes: str
     params: dict[str, ParamSpec] = Field(default_factory=dict)
     outputs: dict[str, Any] = Field(default_factory=dict)

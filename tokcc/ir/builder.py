@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from tokcc.errors import UsageError
 from tokcc.ir.fakes import fake_result
 from tokcc.ir.symbols import SizeWatch, free_size, size_oblivious
 
@@ -59,6 +60,20 @@ class Builder(ABC):
     @abstractmethod
     def constant(self, name: str, tensor: torch.Tensor) -> Any:
         """Return a handle of a constant tensor."""
+
+    @abstractmethod
+    def input(
+        self, name: str, shape: Sequence[Any], dtype: torch.dtype, device: torch.device, *, least: int = 0
+    ) -> Any:
+        """Return a handle of an input that the program does not have by itself.
+
+        Args:
+            name: What the caller calls it.
+            shape: Sizes, or names of sizes of their own: one name is one size.
+            dtype: Its type.
+            device: Where it is read.
+            least: The smallest size of its own that it may have.
+        """
 
     @contextmanager
     def inserting(self, label: str) -> Iterator[None]:
@@ -274,7 +289,14 @@ class Builder(ABC):
 
 
 class EagerBuilder(Builder):
-    """Calls the operations on real tensors."""
+    """Calls the operations on real tensors.
+
+    Args:
+        inputs: Values of inputs that reductions add, by name.
+    """
+
+    def __init__(self, inputs: Mapping[str, torch.Tensor] | None = None) -> None:
+        self.inputs = dict(inputs or {})
 
     def call(self, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> Any:
         """Call the operation; ``like`` means nothing here."""
@@ -302,6 +324,21 @@ class EagerBuilder(Builder):
         del name
         return tensor
 
+    def input(
+        self, name: str, shape: Sequence[Any], dtype: torch.dtype, device: torch.device, *, least: int = 0
+    ) -> Any:
+        """Return the value that was given."""
+        del least
+        if name not in self.inputs:
+            raise UsageError(f"the input `{name}` is missing", found=", ".join(self.inputs) or "no further inputs")
+        value = self.inputs[name].to(device)
+        sizes = {size: value.shape[axis] for axis, size in enumerate(shape) if isinstance(size, str)}
+        wanted = [sizes.get(size, size) for size in shape] if value.ndim == len(shape) else list(shape)
+        if list(value.shape) != wanted or value.dtype != dtype:
+            raise UsageError(f"the input `{name}` does not fit", needed=f"{dtype} {wanted}",
+                             found=f"{value.dtype} {list(value.shape)}")  # fmt: skip
+        return value
+
 
 class GraphBuilder(Builder):
     """Appends nodes to a new graph and evaluates their fakes in the program's own fake mode.
@@ -321,6 +358,9 @@ class GraphBuilder(Builder):
         self._symbols: dict[sympy.Expr, torch.SymInt] = {}
         self._label: str | None = None
         self._made = 0
+        self.new_inputs: dict[str, fx.Node] = {}
+        self.size_names: dict[sympy.Symbol, str] = {}
+        self._named: dict[str, Any] = {}
         self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
         self._cse: dict[Any, fx.Node] = {}
 
@@ -429,6 +469,30 @@ class GraphBuilder(Builder):
             self.inputs.watch(old.name, old.meta["val"].shape)
         return node
 
+    def input(
+        self, name: str, shape: Sequence[Any], dtype: torch.dtype, device: torch.device, *, least: int = 0
+    ) -> Any:
+        """Add an input behind the program's own, or return the one that was added."""
+        if name not in self.new_inputs:
+            sizes = [self._named_size(size) if isinstance(size, str) else _plain(size) for size in shape]
+            last = next(n for n in reversed(self.graph.nodes) if n.op == "placeholder")
+            with self.graph.inserting_after(last):
+                node = self.graph.create_node("placeholder", name, name=name)
+            node.target = node.name  # another node may have the name
+            with self.fake_mode:
+                node.meta["val"] = torch.empty(sizes, dtype=dtype, device=device)
+            self.inputs.watch(name, sizes, least)
+            self.new_inputs[name] = node
+        return self.new_inputs[name]
+
+    def _named_size(self, name: str) -> Any:
+        """Return the size of one name; no two have equal hints, and none one of which arithmetic makes 0 or 1."""
+        if name not in self._named:
+            self._named[name] = size = self.free_size(211 + 97 * len(self._named))
+            if isinstance(size, torch.SymInt):
+                self.size_names[size.node.expr] = name
+        return self._named[name]
+
     def free_size(self, hint: int) -> Any:
         """Return a new symbolic size for an axis of an input."""
         shape_env = self.fake_mode.shape_env
@@ -477,6 +541,11 @@ class GraphBuilder(Builder):
         self.constants[unique] = tensor
         self.constant_nodes.append(node)
         return node
+
+
+def _plain(size: Any) -> Any:
+    """Return the number or symbol behind a size handle."""
+    return size.meta["val"] if isinstance(size, fx.Node) else size
 
 
 def _compound(size: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Results of products, attentions and reshapes whose sizes are symbolic.
+"""Results of products, attentions, convolutions and reshapes whose sizes are symbolic.
 
 Evaluated on fake tensors these look at strides, and there ask whether a symbolic size is one.
 """
@@ -31,9 +31,25 @@ def fake_result(target: Any, args: Sequence[Any]) -> torch.Tensor | None:
         query, key, value = args[:3]
         if _same(query.shape[:-2], key.shape[:-2]) and _same(key.shape[-2:-1], value.shape[-2:-1]):
             return _product(query, value, query.shape[-1:], key.shape[-1:], value.shape[-1:])
+    if target is aten.conv2d.default and len(args) == 5:
+        return _convolved(args[0], args[1], args[3], args[4])
     if target is aten.reshape.default:
         return _reshaped(args[0], args[1])
     return None
+
+
+def _convolved(
+    image: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> torch.Tensor | None:
+    """Return the fake of a plain convolution of images of a fixed size, as many as there may be."""
+    sizes: Sequence[Any] = image.shape
+    if isinstance(sizes[0], int) or not all(isinstance(size, int) for size in sizes[1:]):
+        return None
+    sides = [
+        (size + 2 * around - side) // step + 1
+        for size, side, step, around in zip(sizes[2:], weight.shape[2:], stride, padding, strict=True)
+    ]
+    return image.new_empty((sizes[0], weight.shape[0], *sides))
 
 
 def _reshaped(source: torch.Tensor, shape: Sequence[Any]) -> torch.Tensor | None:

@@ -26,9 +26,11 @@ from torch.export.graph_signature import (
 )
 from torch.export.graph_signature import OutputSpec as ExportOutputSpec
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from tokcc.errors import VerifyError
-from tokcc.ir.size_names import default_names, dimension_name
+from tokcc.ir.size_names import default_names, dimension_name, input_symbols
 
 __all__ = ["Pass", "PassResult", "Program"]
 
@@ -84,12 +86,20 @@ class Program:
             graph=module.graph,
             graph_signature=self.signature,
             state_dict={name: value for name, value in self.state_dict.items() if name in used},
-            range_constraints=self.origin.range_constraints,
+            range_constraints=self._range_constraints(),
             module_call_graph=[self._call_entry()],
             example_inputs=self.origin.example_inputs,
             constants={name: value for name, value in self.constants.items() if name in used},
             verifiers=list(self.origin.verifiers),
         )
+
+    def _range_constraints(self) -> Any:
+        """The ranges of the model's sizes, and of those of inputs that passes added: any size."""
+        ranges = dict(self.origin.range_constraints)
+        for node in self.user_inputs:
+            for symbol in input_symbols(node).values():
+                ranges.setdefault(symbol, ValueRanges(0, int_oo))
+        return ranges
 
     def _call_entry(self) -> Any:
         """The root's calling convention; new outputs join a dict, or end a tuple."""
@@ -132,7 +142,7 @@ class Program:
         return self.input_names.get(node.name, node.name)
 
     def bindings(self, inputs: Mapping[str, Sequence[int]]) -> dict[Any, int]:
-        """Return the value of every size symbol for given input shapes."""
+        """Return the value of every size symbol that follows from given input shapes."""
         known: dict[Any, int] = {}
         for node in self.user_inputs:
             fake, shape = node.meta.get("val"), inputs.get(self.public_name(node))
@@ -140,10 +150,15 @@ class Program:
                 continue
             sizes: Sequence[Any] = fake.shape  # ints and SymInts; the stubs know ints only
             for size, number in zip(sizes, shape, strict=True):
-                if not isinstance(size, int) and size.node.expr.is_symbol:
-                    known[size.node.expr] = int(number)
+                if isinstance(size, int):
+                    continue
+                # A size that was found equal to another one has that one's symbol now; definitions may have either.
+                for expression in (size.node.expr, size.node._expr):
+                    if expression.is_symbol:
+                        known[expression] = int(number)
         for symbol, expression in self.symbols.items():
-            known[symbol] = int(expression.xreplace({k: sympy.Integer(v) for k, v in known.items()}))
+            if expression.free_symbols <= known.keys():
+                known[symbol] = int(expression.xreplace({k: sympy.Integer(v) for k, v in known.items()}))
         return known
 
     def ranges(self) -> dict[Any, tuple[int, int | None]]:

@@ -40,8 +40,11 @@ class TokenSpace:
         prefix: Number of leading tokens that are exactly the parent's leading tokens, in order.
         suffix: The same at the end.
         base: The stream value in the parent space at the cut, ``[B, N, C]``: what a dropped token is restored to.
+        merge: Merges another stream value of the parent space in the same way; None where tokens are taken by index.
+        spread: Gives a stream ``[B, K, C]`` back to the parent's tokens by shares; ``assign`` is only the largest one.
         step: Index of the policy step that made the space, for messages.
         restore: The step's ``restore``.
+        notes: What pieces remember about the tokens from cut to cut, by piece.
         tails: Sub-spaces "all but the first p tokens", by p.
         tail_of: For such a sub-space, the space and p.
     """
@@ -62,9 +65,11 @@ class TokenSpace:
     suffix: int = 0
     base: Handle | None = None
     merge: Any = None
+    spread: Any = None
     step: int = -1
     restore: str = "none"
     is_batch: bool = False
+    notes: dict[Any, Any] = field(default_factory=dict)
     tails: dict[int, TokenSpace] = field(default_factory=dict)
     tail_of: tuple[TokenSpace, int] | None = None
 

@@ -17,6 +17,8 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
 
 __all__ = ["Loss", "SizeWatch", "free_size", "size_oblivious"]
 
@@ -66,8 +68,8 @@ class SizeWatch:
     _equal: dict[sympy.Symbol, Any] = field(default_factory=dict)
     _first: Loss | None = None
 
-    def watch(self, name: str, sizes: Sequence[Any]) -> None:
-        """Watch the sizes of one input."""
+    def watch(self, name: str, sizes: Sequence[Any], least: int = 0) -> None:
+        """Watch the sizes of one input; that those it has not seen yet are at least ``least`` is no loss."""
         if self.shape_env is None:
             return
         for axis, size in enumerate(sizes):
@@ -75,7 +77,8 @@ class SizeWatch:
             symbol = None if isinstance(size, int) else size.node._expr
             if isinstance(symbol, sympy.Symbol) and symbol not in self._axes:
                 self._axes[symbol] = f"axis {axis} of `{name}`"
-                self._ranges[symbol] = self.shape_env.var_to_range.get(symbol)
+                known = self.shape_env.var_to_range.get(symbol)
+                self._ranges[symbol] = known if known is None else known & ValueRanges(least, int_oo)
                 self._equal[symbol] = self.shape_env.replacements.get(symbol)  # the trace itself may have equated sizes
 
     def after(self, node: fx.Node) -> None:

@@ -2,6 +2,7 @@
 
 from tokcc.pipeline.bundles import Measured, bench, calibrate, rebuild_report, verify
 from tokcc.pipeline.compiling import DryRun, compile, reduce
+from tokcc.pipeline.gallery import gallery
 from tokcc.pipeline.inspection import Inspection, inspect
 from tokcc.pipeline.profiling import HeadProfile, profile
 
@@ -13,6 +14,7 @@ __all__ = [
     "bench",
     "calibrate",
     "compile",
+    "gallery",
     "inspect",
     "profile",
     "rebuild_report",

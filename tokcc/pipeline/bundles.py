@@ -70,6 +70,8 @@ def verify(
         seed: Unused by stored inputs; kept for engines that are verified on random ones.
         progress: Receives the stages.
     """
+    if bundle.manifest.parts:
+        return _verify_parts(bundle, atol=atol, rtol=rtol, seed=seed, progress=progress)
     del seed
     stages = Stages(progress or silent())
     feeds, outputs = zip(*load_reference(bundle.path / "reference.npz"), strict=True)
@@ -83,6 +85,23 @@ def verify(
         reference="outputs of the eager reduced program, kept in the bundle",
         inputs="kept in the bundle",
         checks=parity_checks("onnx", checks),
+    )
+
+
+def _verify_parts(bundle: Bundle, **options: Any) -> Parity:
+    """Verify every part; engines are called after their parts."""
+    found = {name: verify(bundle.part(name), **options) for name in bundle.manifest.parts}
+    first = next(iter(found.values()))
+    return first.model_copy(
+        update={
+            "passed": all(parity.passed for parity in found.values()),
+            "batches": sum(parity.batches for parity in found.values()),
+            "checks": tuple(
+                check.model_copy(update={"engine": f"{name} ({check.engine})"})
+                for name, parity in found.items()
+                for check in parity.checks
+            ),
+        }
     )
 
 
@@ -106,7 +125,8 @@ def _is_decoder(bundle: Bundle) -> bool:
 
 def _pair(bundle: Bundle, baseline: Path, *, threads: int, seed: int, batch: int | None = None) -> Pair:
     engine = bundle.engine("onnx")
-    return Pair(baseline, engine, positions=positions_beside(engine), batch=batch, threads=threads, seed=seed)
+    positions = positions_beside(bundle.root / engine.name)
+    return Pair(baseline, engine, positions=positions, batch=batch, threads=threads, seed=seed)
 
 
 def bench(
@@ -125,7 +145,11 @@ def bench(
         UsageError: There is nothing to compare with.
     """
     stages = Stages(progress or silent())
-    other = against or bundle.path / "baseline.onnx"
+    if bundle.manifest.parts:
+        raise UsageError(
+            "the parts of a bundle are measured one by one", needed=f"--part, one of {', '.join(bundle.manifest.parts)}"
+        )
+    other = against or bundle.baseline
     if not other.is_file():
         raise UsageError(
             "there is no engine to compare with",
@@ -170,7 +194,8 @@ def calibrate(
     """
     stages = Stages(progress or silent())
     wanted = parse_gates(gates or ())
-    baseline = bundle.path / "baseline.onnx"
+    _refuse_parts(bundle, "calibrate")
+    baseline = bundle.baseline
     if not baseline.is_file():
         raise UsageError(
             "the bundle holds no baseline to compare with",
@@ -181,7 +206,7 @@ def calibrate(
     if _is_decoder(bundle):
         return _calibrate_decoder(bundle, data, wanted, _pair(bundle, baseline, threads=threads, seed=seed), threads,
                                   preprocessor, stages)  # fmt: skip
-    specs = [InputSpec(c.name, c.dtype, c.shape) for c in bundle.manifest.inputs]
+    specs = [InputSpec(c.name, c.dtype, c.shape, c.unguided) for c in bundle.manifest.inputs]
     with stages.stage("read the calibration data"):
         loaded = load_calibration(data, specs, preprocessor=preprocessor, seed=seed)
     one, two = Session(baseline, threads=threads), Session(bundle.engine("onnx"), threads=threads)
@@ -214,6 +239,15 @@ def calibrate(
         return writer.commit(bundle.manifest.model_copy(update={"state": report.state}))
 
 
+def _refuse_parts(bundle: Bundle, what: str) -> None:
+    """Refuse what would rewrite a bundle of several parts: it is written as a whole."""
+    if bundle.manifest.parts or bundle.root != bundle.path:
+        raise UsageError(
+            f"tokcc cannot {what} a bundle of several parts",
+            help="compile it again; `calibration={part: data}` of tokcc.compile measures parts on data",
+        )
+
+
 def _calibrate_decoder(
     bundle: Bundle,
     data: Any,
@@ -236,6 +270,7 @@ def _calibrate_decoder(
 
 def rebuild_report(bundle: Bundle, *, progress: Progress | None = None) -> Bundle:
     """Write ``report.html`` and its charts again from ``report.json``."""
+    _refuse_parts(bundle, "rebuild the reports of")
     stages = Stages(progress or silent())
     with stages.stage("write the report"), BundleWriter(bundle.path, force=True, base=bundle) as writer:
         write_report(bundle.report, writer.path, bundle=str(bundle.path))

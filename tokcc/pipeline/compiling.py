@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch.export import ExportedProgram
 
-import tokcc
-from tokcc.backends.bundle import BackendEntry, BundleWriter, Manifest, TensorContract
-from tokcc.backends.calls import check_rebuilt, decoder_calls, lengths_past
-from tokcc.backends.feeds import Feeds, example_feeds, make_feeds
-from tokcc.backends.genai_config import save_genai_config
-from tokcc.backends.generation.decoder import TOKEN_BYTES
-from tokcc.backends.onnx import build_onnx, save_onnx
-from tokcc.backends.ort import Session
-from tokcc.backends.parity import Check, Tolerance, check_parity, oracle, refuse_difference
-from tokcc.backends.pt2 import save_pt2
-from tokcc.backends.reference import save_reference
-from tokcc.backends.runtime_files import save_runtime_files
+from tokcc.backends.bundle import BundleWriter
+from tokcc.backends.parity import Tolerance
+from tokcc.capture.export import capture
 from tokcc.capture.loaded import Loaded
 from tokcc.config import LoadedPolicy, Policy, load_policy
-from tokcc.errors import LoweringError, OutputError, UsageError
+from tokcc.errors import LoweringError, UsageError
 from tokcc.ir.program import Program
+from tokcc.passes.inputs import random_values
 from tokcc.passes.methods import library
-from tokcc.pipeline.decoding import cache_facts, measure_decoder, read_text
-from tokcc.pipeline.measuring import Measurement, facts, measure_engine
-from tokcc.pipeline.reducing import Reduced, reduce_program
+from tokcc.pipeline.decoding import cache_facts
+from tokcc.pipeline.engines import Options, Place, examples, write_engines
+from tokcc.pipeline.measuring import facts
+from tokcc.pipeline.parts import policy_of, write_parts
+from tokcc.pipeline.reducing import reduce_program
 from tokcc.pipeline.request import ModelRequest
 from tokcc.pipeline.stages import Stages
 from tokcc.progress import Progress, silent
-from tokcc.report.gates import evaluate_gates, parse_gates
-from tokcc.report.schema import Report
-from tokcc.report.tokens import TokenText
-from tokcc.report.write import write_report
+from tokcc.report.gates import parse_gates
 
 __all__ = ["DryRun", "compile", "reduce"]
 
@@ -136,49 +124,24 @@ def compile(
         return _dry_run(request, chosen, stages)
     if output is None:
         raise UsageError("no output folder is given", help='for instance `output="out/"`')
+    options = Options(
+        backends=tuple(backends),
+        opset=opset,
+        tolerance=Tolerance(atol, rtol),
+        seed=seed,
+        threads=threads,
+        calibrate=calibrate,
+        calibration=calibration,
+        gates=tuple(wanted),
+        keep_baseline=keep_baseline,
+        slicing=slicing,
+    )
     with BundleWriter(output, force=force) as writer:
+        if request.multimodal:
+            return writer.commit(write_parts(writer.path, request.open_parts(stages), chosen, options, stages))
         loaded, program = request.open(stages)
-        reduced = reduce_program(program, chosen, stages, slicing=slicing)
-        remarks = save_runtime_files(loaded, writer.path)
-        text: TokenText | None = None
-        if reduced.caches is not None and calibrate and calibration is not None:
-            with stages.stage("read the calibration data"):
-                text = read_text(calibration, writer.path, plan=reduced.caches)
-        feeds, expected = _reference(program, reduced, _examples(program, loaded), seed, stages)
-        engine, checks = _emit(writer, reduced, chosen, backends, opset, feeds, expected, Tolerance(atol, rtol), stages)
-        measurement = Measurement(seed=seed, threads=threads)
-        report = facts(loaded, chosen, reduced, checks, feeds, stages, threads=threads)
-        if reduced.caches is not None and reduced.caches.fixed and engine is not None:
-            remarks += save_genai_config(loaded, reduced.sliced, engine.name, writer.path)
-        report = report.model_copy(update={"notes": (*report.notes, *remarks)})
-        if engine is not None:
-            baseline = _baseline(writer, reduced, opset, stages, keep_baseline, needed=calibrate)
-            if calibrate and baseline is not None:
-                if reduced.caches is None:
-                    measurement = measure_engine(
-                        report, reduced, loaded, engine, baseline, feeds, calibration, measurement, stages
-                    )
-                else:
-                    measurement = measure_decoder(report, reduced, loaded, engine, baseline, text, measurement, stages)
-            if baseline is not None and not keep_baseline:
-                baseline.unlink(missing_ok=True)
-                baseline.with_name(baseline.name + ".data").unlink(missing_ok=True)
-        if measurement.report is not None:
-            report = measurement.report
-        elif reduced.caches is not None:
-            report = cache_facts(report, reduced, loaded)
-        report = report.model_copy(update={"stages": dict(stages.seconds)})
-        report = report.model_copy(update={"gates": tuple(evaluate_gates(report, wanted))})
-        with stages.stage("write the report"):
-            report = write_report(
-                report,
-                writer.path,
-                images=measurement.images,
-                texts=measurement.texts,
-                stages=measurement.kept,
-                bundle=str(output),
-            )
-        return writer.commit(_manifest(loaded, chosen, reduced, report, backends, opset, feeds[0]))
+        place = Place(writer.path, writer.path, "model", str(output))
+        return writer.commit(write_engines(place, loaded, program, chosen, options, stages))
 
 
 def reduce(
@@ -222,9 +185,20 @@ def _check_backends(backends: Sequence[str]) -> None:
 
 
 def _dry_run(request: ModelRequest, policy: LoadedPolicy, stages: Stages) -> DryRun:
-    loaded, program = request.open(stages)
+    if request.multimodal:
+        plans = {
+            name: _planned(part, capture(part), policy_of(policy, name), stages)
+            for name, part in request.open_parts(stages).parts()
+        }
+        return DryRun({"policy": policy.policy.name, "parts": plans})
+    return DryRun(_planned(*request.open(stages), policy, stages))
+
+
+def _planned(loaded: Loaded, program: Program, policy: LoadedPolicy, stages: Stages) -> dict[str, Any]:
     reduced = reduce_program(program, policy, stages)
-    report = facts(loaded, policy, reduced, {}, [_examples(program, loaded)], stages, threads=0)
+    example = examples(program, loaded)
+    example |= random_values(reduced.program, reduced.declared_inputs, example, torch.Generator().manual_seed(0))
+    report = facts(loaded, policy, reduced, {}, [example], stages, threads=0)
     if reduced.caches is not None:
         report = cache_facts(report, reduced, loaded)
     layers = [
@@ -232,119 +206,10 @@ def _dry_run(request: ModelRequest, policy: LoadedPolicy, stages: Stages) -> Dry
         for row in report.layers
         if row.step
     ]
-    return DryRun(
-        {
-            "policy": report.policy.name,
-            "layers": layers,
-            "ideal_speedup": report.totals.ideal_speedup,
-            "warnings": list(report.warnings),
-            "notes": list(report.notes),
-        }
-    )
-
-
-def _examples(program: Program, loaded: Loaded) -> Feeds:
-    return example_feeds(program, loaded.example_args, loaded.example_kwargs)
-
-
-def _emit(
-    writer: BundleWriter,
-    reduced: Reduced,
-    policy: LoadedPolicy,
-    backends: Sequence[str],
-    opset: int,
-    feeds: Sequence[Feeds],
-    expected: Sequence[Sequence[torch.Tensor]],
-    tolerance: Tolerance,
-    stages: Stages,
-) -> tuple[Path | None, dict[str, list[Check]]]:
-    """Lower, write and check every engine; a failed parity raises and nothing is left behind."""
-    checks: dict[str, list[Check]] = {}
-    engine: Path | None = None
-    names = list(reduced.program.output_names)
-    try:
-        lock = yaml.safe_dump(_lock(policy, reduced), sort_keys=False)
-        (writer.path / "policy.lock.yaml").write_text(lock, encoding="utf-8")
-        if "onnx" in backends:
-            with stages.stage("lower to ONNX"):
-                engine = writer.path / "model.onnx"
-                metadata = {"tokcc.version": tokcc.__version__, "tokcc.policy": lock}
-                if reduced.caches is not None:
-                    metadata[TOKEN_BYTES] = str(reduced.caches.token_bytes)
-                save_onnx(build_onnx(reduced.sliced, opset=opset, metadata=metadata), engine)
-        with stages.stage("parity", len(feeds)) as advance:
-            if engine is not None:
-                checks["onnx"] = check_parity(Session(engine).run, names, feeds, expected, tolerance, advance)
-                refuse_difference("onnx", checks["onnx"])
-                save_reference(writer.path / "reference.npz", names, feeds, expected)
-        if "pt2" in backends:
-            with stages.stage("write pt2"):
-                checks["pt2"] = save_pt2(reduced.sliced, writer.path / "model.pt2", names, feeds, expected, tolerance)
-                refuse_difference("pt2", checks["pt2"])
-    except OSError as error:
-        raise OutputError(
-            "the bundle cannot be written", found=str(error), help="check free space and permissions"
-        ) from error
-    return engine, checks
-
-
-def _reference(
-    program: Program, reduced: Reduced, example: Feeds, seed: int, stages: Stages
-) -> tuple[list[Feeds], list[list[torch.Tensor]]]:
-    """Run the eager oracle on what engines are checked with: inputs, and outputs for each."""
-    with stages.stage("run the reference"):
-        reference = oracle(reduced.program)
-        if reduced.caches is None:
-            feeds = make_feeds(program, example, seed=seed)
-            return feeds, [reference(feed) for feed in feeds]
-        check_rebuilt(program, reduced.original, example)
-        lengths = lengths_past(reduced.caches.waits)
-        return decoder_calls(reduced.program, example, reference, seed=seed, lengths=lengths)
-
-
-def _lock(policy: LoadedPolicy, reduced: Reduced) -> dict[str, Any]:
-    plan = reduced.plan or reduced.caches
-    return policy.policy.to_dict() if plan is None else plan.to_dict()
-
-
-def _baseline(
-    writer: BundleWriter, reduced: Reduced, opset: int, stages: Stages, keep: bool, *, needed: bool
-) -> Path | None:
-    """The same model without reduction, exported the same way."""
-    if not (needed or keep):
-        return None
-    with stages.stage("lower the baseline"):
-        path = writer.path / "baseline.onnx"
-        try:
-            save_onnx(build_onnx(reduced.original, opset=opset), path)
-        except OSError as error:
-            raise OutputError("the baseline cannot be written", found=str(error)) from error
-        return path
-
-
-def _manifest(
-    loaded: Loaded,
-    policy: LoadedPolicy,
-    reduced: Reduced,
-    report: Report,
-    backends: Sequence[str],
-    opset: int,
-    example: Feeds,
-) -> Manifest:
-    entries: dict[str, BackendEntry] = {}
-    if "onnx" in backends:
-        entries["onnx"] = BackendEntry(engine="model.onnx", details={"opset": opset})
-    if "pt2" in backends:
-        entries["pt2"] = BackendEntry(engine="model.pt2", details={"needs": "tokcc"})
-    return Manifest(
-        tokcc=tokcc.__version__,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        model=loaded.source,
-        policy=policy.policy.name,
-        state=report.state,
-        inputs=tuple(TensorContract(name=t.name, dtype=t.dtype, shape=t.shape) for t in report.model.inputs),
-        outputs=tuple(TensorContract(name=t.name, dtype=t.dtype, shape=t.shape) for t in report.model.outputs),
-        ranges={str(symbol): bounds for symbol, bounds in reduced.original.ranges().items()},
-        backends=entries,
-        versions={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "numpy")},
-    )
+    return {
+        "policy": report.policy.name,
+        "layers": layers,
+        "ideal_speedup": report.totals.ideal_speedup,
+        "warnings": list(report.warnings),
+        "notes": list(report.notes),
+    }

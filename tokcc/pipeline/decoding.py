@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokcc.analysis.ledger import node_flops
 from tokcc.backends.calls import empty_past
+from tokcc.backends.generation.added import nothing_for
 from tokcc.backends.generation.text import Tokenizer
 from tokcc.backends.parity import oracle
 from tokcc.backends.runtime_files import TOKENIZER_FILES
@@ -21,6 +22,8 @@ from tokcc.capture.loaded import Loaded
 from tokcc.errors import UsageError
 from tokcc.ir.program import Program
 from tokcc.passes.cache.plan import CachePlan
+from tokcc.passes.cache.rebuild import ATTEND
+from tokcc.passes.inputs import EngineInput
 from tokcc.pipeline.decoder_quality import LONGEST, SHORTEST, refuse_single_rows
 from tokcc.pipeline.decoder_speed import Limits, reached
 from tokcc.pipeline.generating import Generated, Pair
@@ -31,7 +34,7 @@ from tokcc.pipeline.stages import Stages
 from tokcc.report.schema import LayerRow, Report, Totals
 from tokcc.report.tokens import TokenText, load_tokens
 
-__all__ = ["cache_facts", "measure_decoder", "read_text", "with_generated"]
+__all__ = ["cache_facts", "measure_decoder", "prompt_flops", "read_text", "with_generated"]
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -51,6 +54,12 @@ def read_text(data: Any, folder: Path, *, plan: CachePlan | None = None) -> Toke
     """
     if plan is not None and plan.last_token_outputs:
         raise refuse_single_rows()
+    if plan is not None and plan.prompt is not None:
+        raise UsageError(
+            "a text says nothing about prompts that get shorter",
+            found="a text is read piece by piece, and only the first piece gets shorter",
+            help="leave the calibration data out: the first call is timed on random tokens",
+        )
 
     def encode(text: str) -> Sequence[int]:
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -66,9 +75,13 @@ def read_text(data: Any, folder: Path, *, plan: CachePlan | None = None) -> Toke
 def cache_facts(report: Report, reduced: Reduced, loaded: Loaded) -> Report:
     """Add what each layer's cache will hold at the longest context, and the FLOPs of a step there: nothing is run."""
     context = reached(model_positions(loaded, reduced.original))[-1]
-    return _with_layers(
-        report, reduced, _planned(reduced.original, context), _planned(reduced.program, context), context
+    if reduced.caches is not None and reduced.caches.prompt is not None:
+        context = max(context, reduced.caches.prompt.shortest)
+    before, after = (
+        _planned(reduced.original, context),
+        _planned(reduced.program, context, reduced.declared_inputs),
     )
+    return _with_layers(report, reduced, before, after, context)
 
 
 def measure_decoder(
@@ -188,37 +201,58 @@ def _slots(feeds: Feeds, plan: CachePlan) -> list[int | None]:
     return found
 
 
-def _planned(program: Program, context: int) -> dict[str, Array]:
+def _planned(program: Program, context: int, added: Sequence[EngineInput] = ()) -> dict[str, Array]:
     """Return the inputs of a single token after a context: caches as long as the program leaves them."""
-    lengths = _lengths(program, context)
-    feeds: dict[str, Array] = {}
+    lengths = _lengths(program, context, added)
+    feeds: dict[str, Array] = {spec.name: nothing_for(spec, 1, 1) for spec in added}
     for node in program.user_inputs:
         name, fake = program.public_name(node), node.meta["val"]
         if name.startswith(_PAST):
             shape = (1, int(fake.shape[1]), lengths[name], int(fake.shape[3]))
             feeds[name] = np.zeros(shape, str(fake.dtype).removeprefix("torch."))
-        else:
-            feeds[name] = _plain(name, context, 1)
+        elif name not in feeds:
+            feeds[name] = _plain(name, context, 1, fake)
     return feeds
 
 
-def _plain(name: str, context: int, new: int) -> Array:
+def _plain(name: str, context: int, new: int, fake: torch.Tensor) -> Array:
+    if fake.is_floating_point():  # embeddings
+        return np.ones((1, new, int(fake.shape[2])), np.float32)
     if "mask" in name:
         return np.ones((1, context + new), np.int64)
     if "position" in name:
-        return np.arange(context, context + new)[None]
+        # Some models take them by frame, row and column.
+        return np.broadcast_to(np.arange(context, context + new), (*fake.shape[:-2], 1, new))
     return np.ones((1, new), np.int64)
 
 
-def _lengths(program: Program, context: int) -> dict[str, int]:
+def prompt_flops(reduced: Reduced, length: int) -> tuple[int, int]:
+    """Return the FLOPs of a first call of so many tokens, before and after."""
+    found = []
+    for program, added in ((reduced.original, ()), (reduced.program, reduced.declared_inputs)):
+        feeds: dict[str, Any] = {name: value.numpy() for name, value in empty_past(program, 1).items()}
+        feeds |= {spec.name: nothing_for(spec, 1, length) for spec in added}
+        for node in program.user_inputs:
+            name = program.public_name(node)
+            if name not in feeds:
+                feeds[name] = _plain(name, 0, length, node.meta["val"])
+        found.append(_total_flops(program, _shapes(feeds)))
+    before, after = found
+    return before, after
+
+
+def _lengths(program: Program, context: int, added: Sequence[EngineInput]) -> dict[str, int]:
     """Return how long each tensor of a cache is after a prompt as long as the context: from a run without numbers."""
     run = oracle(program)
     with FakeTensorMode(allow_non_fake_inputs=True):
         feeds = empty_past(program, 1)
+        for spec in added:
+            feeds[spec.name] = torch.zeros(nothing_for(spec, 1, context).shape, dtype=spec.dtype)
         for node in program.user_inputs:
             name = program.public_name(node)
             if name not in feeds:
-                feeds[name] = torch.zeros(_plain(name, 0, context).shape, dtype=node.meta["val"].dtype)
+                fake = node.meta["val"]
+                feeds[name] = torch.zeros(_plain(name, 0, context, fake).shape, dtype=fake.dtype)
         outputs = run(feeds)
     return {
         name.replace(_PRESENT, _PAST): int(value.shape[2])
@@ -241,7 +275,13 @@ def _attention_flops(program: Program, shapes: Mapping[str, Sequence[int]], plan
     bindings = program.bindings(shapes)
     op = torch.ops.tokcc.cached_attention.default
     each = iter([node_flops(node, bindings) for node in program.graph.nodes if node.target is op])
-    return [sum(next(each) for _ in plan.groups(site.layer)) for site in plan.sites]
+    found = []
+    for site in plan.sites:
+        label = f"{ATTEND}@{site.layer}"
+        own = [node_flops(node, bindings) for node in program.graph.nodes if node.meta.get("tokcc") == label]
+        own += [next(each) for group in plan.groups(site.layer) if not group.storage.placed]
+        found.append(sum(own))
+    return found
 
 
 def _total_flops(program: Program, shapes: Mapping[str, Sequence[int]]) -> int:

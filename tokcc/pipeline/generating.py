@@ -163,10 +163,11 @@ class Pair:
 
     def _feeds(self, growth: Growth) -> dict[str, Array]:
         """Return the inputs of the step that was timed last, for their shapes."""
-        rows, context = self._batch, growth.context
+        rows, context, axes = self._batch, growth.context, self._after.position_axes
         return {
             "input_ids": np.zeros((rows, 1), np.int64),
             "attention_mask": np.zeros((rows, context + 1), np.int64),
-            "position_ids": np.zeros((rows, 1), np.int64),
+            "position_ids": np.zeros((*([axes] if axes > 1 else []), rows, 1), np.int64),
+            **self._after.nothing(rows, 1),
             **growth.after,
         }

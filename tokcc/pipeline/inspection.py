@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,10 @@ from tokcc.analysis.cache_masks import mask_input, sliding_windows
 from tokcc.analysis.cache_sites import CacheSite, cache_sites
 from tokcc.analysis.rotation import find_rotation
 from tokcc.analysis.sites import Sites, find_sites
+from tokcc.capture.export import capture
+from tokcc.capture.vlm.load import EMBED, LoadedParts
 from tokcc.config import LoadedPolicy, load_policy
-from tokcc.errors import TokccError
+from tokcc.errors import PlanError, TokccError
 from tokcc.ir.program import Program
 from tokcc.passes.cache.planning import make_cache_plan
 from tokcc.passes.methods import library
@@ -20,7 +22,7 @@ from tokcc.pipeline.request import ModelRequest
 from tokcc.pipeline.stages import Stages
 from tokcc.progress import Progress, silent
 
-__all__ = ["Inspection", "inspect"]
+__all__ = ["Inspection", "PartsInspection", "inspect"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,48 @@ class Inspection:
         return [reduction.layer for reduction in make_plan(policy, self.sites).reductions]
 
 
+@dataclass(frozen=True)
+class PartsInspection:
+    """What the parts of a model offer.
+
+    Attributes:
+        model: How it was named.
+        family: What tokcc knows it as.
+        parts: By name.
+        unreduced: Why nothing can be reduced in a part, by name.
+    """
+
+    model: str
+    family: str
+    parts: Mapping[str, Inspection]
+    unreduced: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        parts = {name: part.to_dict() for name, part in self.parts.items()}
+        return {"model": self.model, "kind": "parts", "family": self.family, "parts": {**parts, **self.unreduced}}
+
+
+def _inspect_parts(loaded: LoadedParts, stages: Stages) -> PartsInspection:
+    found: dict[str, Inspection] = {}
+    unreduced: dict[str, str] = {EMBED: "a table of embeddings"}
+    for name, part in loaded.parts():
+        if name == EMBED:
+            continue
+        with stages.stage(f"capture {name}"):
+            program = capture(part)
+        try:
+            found[name] = _inspected(loaded.source, program)
+        except PlanError as error:
+            unreduced[name] = error.what
+    return PartsInspection(loaded.source, loaded.family.name, found, unreduced)
+
+
+def _inspected(source: str, program: Program) -> Inspection:
+    caches = cache_sites(program)
+    return Inspection(source, program, None if caches else find_sites(program), caches)
+
+
 def inspect(
     model: Any,
     *,
@@ -125,8 +169,8 @@ def inspect(
     dtype: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
-) -> Inspection:
-    """Find the sites of a model. Arguments as for ``compile``."""
+) -> Inspection | PartsInspection:
+    """Find the sites of a model, or of its parts. Arguments as for ``compile``."""
     request = ModelRequest(
         model,
         example_inputs=example_inputs,
@@ -138,8 +182,8 @@ def inspect(
         allow_pickle=allow_pickle,
     )
     stages = Stages(progress or silent())
+    if request.multimodal:
+        return _inspect_parts(request.open_parts(stages), stages)
     loaded, program = request.open(stages)
     with stages.stage("annotate"):
-        caches = cache_sites(program)
-        sites = None if caches else find_sites(program)
-    return Inspection(loaded.source, program, sites, caches)
+        return _inspected(loaded.source, program)

@@ -22,12 +22,14 @@ from tokcc.capture.loaded import Loaded
 from tokcc.config import LoadedPolicy
 from tokcc.ir.program import Program
 from tokcc.passes.kept import kept_stages
+from tokcc.passes.piece import scores_of
+from tokcc.passes.plan import Plan
 from tokcc.pipeline.reducing import Reduced
 from tokcc.pipeline.stages import Stages
 from tokcc.report.batches import InputSpec
 from tokcc.report.data import CalibrationData, load_calibration
 from tokcc.report.fidelity import Contract, FidelityMeter
-from tokcc.report.kept import KeptTokens
+from tokcc.report.kept import KeptTokens, patch_grid
 from tokcc.report.machine import describe_machine
 from tokcc.report.measure import Measured as Timed
 from tokcc.report.measure import measure
@@ -45,7 +47,16 @@ from tokcc.report.schema import (
     Totals,
 )
 
-__all__ = ["Measurement", "facts", "fidelity_of", "latency_of", "measure_engine", "parity_checks"]
+__all__ = [
+    "Measurement",
+    "facts",
+    "fidelity_of",
+    "kept_tokens",
+    "latency_of",
+    "measure_engine",
+    "parity_checks",
+    "tensor_facts",
+]
 
 Array = npt.NDArray[Any]
 _PICTURES = 6
@@ -105,7 +116,7 @@ def facts(
         checks=tuple(check for engine, group in checks.items() for check in parity_checks(engine, group)),
     )
     program = reduced.sliced
-    return Report(
+    report = Report(
         model=ModelFacts(
             source=loaded.source,
             kind=type(loaded.module).__name__ if loaded.module is not None else None,
@@ -113,9 +124,7 @@ def facts(
             parameters=sum(v.numel() for v in floats),
             blocks=len(reduced.sites.layers) if reduced.sites is not None else 0,
             dtype=str(floats[0].dtype).removeprefix("torch.") if floats else None,
-            inputs=tuple(
-                _tensor(program, program.public_name(n), n.meta["val"]) for n in program.user_inputs if _is_tensor(n)
-            ),
+            inputs=_inputs(reduced),
             outputs=_outputs(program),
         ),
         policy=PolicyFacts(name=policy.policy.name, origin=policy.origin, long_form=policy.policy.to_dict()),
@@ -127,6 +136,7 @@ def facts(
         notes=tuple(notes),
         stages=dict(stages.seconds),
     )
+    return report.model_copy(update={"notes": (*report.notes, *_added(report))})
 
 
 def parity_checks(engine: str, checks: Sequence[Check]) -> tuple[ParityCheck, ...]:
@@ -138,17 +148,40 @@ def _is_tensor(node: Any) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _tensor(program: Program, name: str, fake: torch.Tensor) -> TensorFacts:
+def tensor_facts(program: Program, name: str, fake: torch.Tensor) -> TensorFacts:
+    """Return name, type and shape of an input or output; dynamic sizes by name."""
     sizes: Sequence[Any] = fake.shape  # ints and SymInts; the stubs know ints only
     shape = tuple(size if isinstance(size, int) else program.size_name(size) for size in sizes)
     return TensorFacts(name=name, dtype=str(fake.dtype).removeprefix("torch."), shape=shape)
+
+
+def _inputs(reduced: Reduced) -> tuple[TensorFacts, ...]:
+    program = reduced.sliced
+    added = reduced.added_inputs
+    facts = [tensor_facts(program, program.public_name(n), n.meta["val"]) for n in program.user_inputs if _is_tensor(n)]
+    return tuple(
+        tensor.model_copy(update={"doc": added[tensor.name].doc, "unguided": added[tensor.name].unguided})
+        if tensor.name in added
+        else tensor
+        for tensor in facts
+    )
+
+
+def _added(report: Report) -> list[str]:
+    """Say what the engine reads besides the model's own inputs."""
+    return [
+        f"the engine reads `{tensor.name}` {tensor.dtype}[{', '.join(map(str, tensor.shape))}] besides the model's "
+        f"own inputs: {tensor.doc}; {tensor.unguided:g} in all places = the method is not guided"
+        for tensor in report.model.inputs
+        if tensor.doc is not None
+    ]
 
 
 def _outputs(program: Program) -> tuple[TensorFacts, ...]:
     kinds = [spec.kind is OutputKind.USER_OUTPUT for spec in program.signature.output_specs]
     values = [v for v, user in zip(program.output_values, kinds, strict=True) if user]
     return tuple(
-        _tensor(program, name, value.meta["val"])
+        tensor_facts(program, name, value.meta["val"])
         for name, value in zip(program.output_names, values, strict=True)
         if hasattr(value, "meta") and _is_tensor(value)
     )
@@ -198,7 +231,13 @@ def _number(size: Any, bindings: Mapping[Any, int]) -> int:
 def _full_attention(reduced: Reduced) -> list[str]:
     """Say where a score needs every row of the attention matrix."""
     assert reduced.plan is not None
-    layers = sorted({r.layer for r in reduced.plan.reductions if r.score is not None and r.score.full_attention})
+    layers = sorted(
+        {
+            r.layer
+            for r in reduced.plan.reductions
+            if any(score.full_attention for score in scores_of(r.score, r.select))
+        }
+    )
     if not layers:
         return []
     where = ", ".join(map(str, layers))
@@ -245,7 +284,7 @@ def measure_engine(
     """
     data: CalibrationData | None = None
     if calibration is not None:
-        specs = [InputSpec(t.name, t.dtype, t.shape) for t in report.model.inputs]
+        specs = [InputSpec(t.name, t.dtype, t.shape, t.unguided) for t in report.model.inputs]
         with stages.stage("read the calibration data"):
             data = load_calibration(
                 calibration,
@@ -365,16 +404,33 @@ def _pictures(
     if not data.images and not data.texts:
         return (), (), ()
     feeds = {name: torch.from_numpy(np.ascontiguousarray(value[:_PICTURES])) for name, value in data.feeds[0].items()}
-    prefix = reduced.plan.sites.prefix
-    kept: list[KeptTokens] = []
-    for layer, name, flags, assign in kept_stages(reduced.original, reduced.plan, feeds):
-        side = int(np.sqrt(flags.shape[1] - prefix))
-        square = side * side == flags.shape[1] - prefix and bool(data.images)
-        kept.append(
-            KeptTokens(
-                layer=layer, step=name, kept=flags, assign=assign, prefix=prefix, grid=(side, side) if square else None
-            )
-        )
+    size = data.images[0].shape[:2] if data.images else None
+    kept = kept_tokens(reduced.original, reduced.plan, feeds, size)
     images = tuple(data.images[:_PICTURES])
     texts = tuple(list(t) for t in data.texts[:_PICTURES])
     return images, texts, tuple(kept)
+
+
+def kept_tokens(
+    program: Program, plan: Plan, feeds: dict[str, torch.Tensor], size: tuple[int, ...] | None
+) -> list[KeptTokens]:
+    """Return what became of every token, reduction by reduction, in the form that the report draws.
+
+    Args:
+        program: The original program.
+        plan: What is done to it.
+        feeds: Inputs.
+        size: Height and width of the pictures among them; None for text.
+    """
+    special = plan.sites.prefix + plan.sites.suffix
+    return [
+        KeptTokens(
+            layer=layer,
+            step=name,
+            kept=kept,
+            assign=assign,
+            prefix=plan.sites.prefix,
+            grid=None if size is None else patch_grid(kept.shape[1] - special, *size),
+        )
+        for layer, name, kept, assign in kept_stages(program, plan, feeds)
+    ]

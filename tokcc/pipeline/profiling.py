@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +13,11 @@ from torch import Tensor
 
 from tokcc.analysis.cache_sites import cache_sites
 from tokcc.analysis.head_numbers import copies, cut_error, heard_attention, span_mass
+from tokcc.backends.atomic import replace_file
 from tokcc.backends.calls import empty_past
 from tokcc.backends.parity import oracle
 from tokcc.config import load_policy
-from tokcc.errors import OutputError, PlanError, UsageError
+from tokcc.errors import PlanError, UsageError
 from tokcc.ir.program import Program
 from tokcc.passes.cache.planning import make_cache_plan
 from tokcc.passes.cache.rebuild import RebuildCaches
@@ -70,14 +69,7 @@ class HeadProfile:
         Raises:
             OutputError: It cannot be written.
         """
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-                json.dump(self.to_dict(), file, indent=1)
-            os.replace(file.name, path)
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written", found=error.strerror or str(error)) from error
+        replace_file(Path(path), json.dumps(self.to_dict(), indent=1).encode())
 
 
 def profile(

@@ -13,6 +13,7 @@ import torch
 from tokcc.backends.generation.decoder import Past
 from tokcc.capture.hf_decoder import CausalDecoder
 from tokcc.capture.loaded import Loaded
+from tokcc.capture.vlm.parts import EmbeddedDecoder
 from tokcc.ir.program import Program
 
 __all__ = ["PIECE", "Engine", "Reading", "model_positions", "positions_beside"]
@@ -86,7 +87,7 @@ class Reading:
 def model_positions(loaded: Loaded, program: Program) -> int | None:
     """Return how many positions a model has: by its configuration, and by its table of them."""
     found = [_table(program)]
-    if isinstance(loaded.module, CausalDecoder):
+    if isinstance(loaded.module, CausalDecoder | EmbeddedDecoder):
         model: Any = loaded.module.model
         config = model.config.get_text_config()
         found.append(_limit({name: getattr(config, name, None) for name in _LIMITS}))

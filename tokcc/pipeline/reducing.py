@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokcc.analysis.cache_sites import CacheSite, cache_sites
+from tokcc.analysis.projected import projected_sites
 from tokcc.analysis.sites import Sites, find_sites
 from tokcc.capture.fold_constants import FoldConstants
 from tokcc.config import LoadedPolicy
@@ -16,6 +17,7 @@ from tokcc.passes.cache.plan import CachePlan
 from tokcc.passes.cache.planning import make_cache_plan
 from tokcc.passes.cache.rebuild import RebuildCaches
 from tokcc.passes.cache.right_padding import RightPadding
+from tokcc.passes.inputs import EngineInput, added_inputs
 from tokcc.passes.plan import Plan, make_plan
 from tokcc.passes.propagate import Propagate
 from tokcc.passes.slice_demand import SliceDemand
@@ -45,6 +47,17 @@ class Reduced:
     sites: Sites | None
     caches: CachePlan | None = None
 
+    @property
+    def declared_inputs(self) -> tuple[EngineInput, ...]:
+        """What the pieces read besides the model's own inputs."""
+        plan = self.plan or self.caches
+        return () if plan is None else plan.inputs
+
+    @property
+    def added_inputs(self) -> dict[str, EngineInput]:
+        """What the engine reads besides the model's own inputs, by name."""
+        return added_inputs(self.sliced, self.declared_inputs)
+
 
 def reduce_program(program: Program, policy: LoadedPolicy, stages: Stages, *, slicing: bool = True) -> Reduced:
     """Annotate, plan, insert and propagate, slice.
@@ -57,6 +70,7 @@ def reduce_program(program: Program, policy: LoadedPolicy, stages: Stages, *, sl
     """
     with stages.stage("annotate"):
         caches = cache_sites(program)
+        _refuse_other_parts(policy, "decoder" if caches else "encoder")
         sites = None if caches else _sites(program, policy)
     if caches:
         return _reduce_decoder(program, policy, caches, stages)
@@ -79,8 +93,33 @@ def reduce_program(program: Program, policy: LoadedPolicy, stages: Stages, *, sl
     return Reduced(program, reduced, sliced, plan, sites)
 
 
+def _refuse_other_parts(policy: LoadedPolicy, kind: str) -> None:
+    for number, step in enumerate(policy.policy.steps):
+        if step.at.part not in (None, kind):
+            raise PlanError(
+                f"the step is for the {step.at.part} of a model, and this is the {kind}",
+                policy=policy.where(("steps", number, "at", "part")),
+                help="only models that read images or sounds beside text have both",
+            )
+
+
 def _sites(program: Program, policy: LoadedPolicy) -> Sites | None:
-    """Find the sites; a model without attention has none, and can be compiled as it is."""
+    """Find the sites; a model without attention has none, and can be compiled as it is.
+
+    Raises:
+        PlanError: Steps behind the projector and steps before it.
+    """
+    behind = [step.at.site == "projector_output" for step in policy.policy.steps]
+    if any(behind) and not all(behind):
+        number = behind.index(False)
+        raise PlanError(
+            "a step behind the projector cannot go with one in the tower",
+            policy=policy.where(("steps", number)),
+            found=f"the other is {policy.where(('steps', behind.index(True)))}",
+            help="use one of the two: what the projector gives has tokens of its own",
+        )
+    if any(behind):
+        return projected_sites(program)
     try:
         return find_sites(program)
     except PlanError:

@@ -9,6 +9,8 @@ from typing import Any
 from tokcc.capture.export import capture
 from tokcc.capture.load import load
 from tokcc.capture.loaded import Loaded
+from tokcc.capture.vlm.load import LoadedParts, is_multimodal, load_parts
+from tokcc.errors import UsageError
 from tokcc.ir.program import Program
 from tokcc.pipeline.stages import Stages
 
@@ -54,3 +56,25 @@ class ModelRequest:
             )
         with stages.stage("capture"):
             return loaded, capture(loaded)
+
+    @property
+    def multimodal(self) -> bool:
+        """Whether the model is compiled in parts."""
+        return is_multimodal(self.model, self.task)
+
+    def open_parts(self, stages: Stages) -> LoadedParts:
+        """Load a model in parts; they are captured one by one, so that only one is in the making."""
+        for name, given in (
+            ("example_inputs", self.example_inputs),
+            ("dynamic_shapes", self.dynamic_shapes),
+            ("--dynamic", self.dynamic),
+        ):
+            if given is not None and given != ():
+                raise UsageError(
+                    f"{name} is not for models that are compiled in parts",
+                    help="their inputs and dynamic axes follow from the family; --input chooses the image size",
+                )
+        with stages.stage("load"):
+            return load_parts(
+                self.model, inputs=self.inputs, dtype=self.dtype, allow_pickle=self.allow_pickle, task=self.task
+            )

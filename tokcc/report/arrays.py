@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tokcc.errors import UsageError
-from tokcc.report.batches import DEFAULT_BATCH, InputSpec, Sample, batched_names
+from tokcc.report.batches import DEFAULT_BATCH, InputSpec, Sample, batched_names, required
 from tokcc.report.distances import Array
 
 __all__ = ["LABEL_KEYS", "iterate", "read_numpy", "samples_of"]
@@ -40,6 +40,7 @@ def read_numpy(path: Path, specs: Sequence[InputSpec]) -> dict[str, Array]:
 
 
 def _only_input(specs: Sequence[InputSpec], what: str) -> str:
+    specs = required(specs)
     if len(specs) == 1:
         return specs[0].name
     raise UsageError(
@@ -98,7 +99,7 @@ def _check_names(named: Mapping[str, Array], specs: Sequence[InputSpec], source:
                 needed=", ".join(names) + ", and optionally labels",
                 help=f"did you mean {nearest[0]}?" if nearest else "rename or remove it",
             )
-    missing = [name for name in names if name not in named]
+    missing = [spec.name for spec in required(specs) if spec.name not in named]
     if missing:
         raise UsageError(
             f"{source} has nothing for input {', '.join(missing)}",
@@ -143,6 +144,7 @@ def _named(item: Any, specs: Sequence[InputSpec], where: str) -> dict[str, Array
     if isinstance(item, Mapping):
         return {str(name): _array(value) for name, value in item.items()}
     if isinstance(item, tuple | list) and not _is_nested_numbers(item):
+        specs = required(specs)
         if len(item) not in {len(specs), len(specs) + 1}:
             raise UsageError(
                 f"{where} has {len(item)} entries",

@@ -10,7 +10,17 @@ import numpy as np
 from tokcc.errors import UsageError
 from tokcc.report.distances import Array
 
-__all__ = ["DEFAULT_BATCH", "Batches", "InputSpec", "Sample", "assemble", "batched_names", "cast", "chosen_batch"]
+__all__ = [
+    "DEFAULT_BATCH",
+    "Batches",
+    "InputSpec",
+    "Sample",
+    "assemble",
+    "batched_names",
+    "cast",
+    "chosen_batch",
+    "required",
+]
 
 DEFAULT_BATCH = 8
 """Batch size for an engine with a dynamic batch axis, when the user does not choose one."""
@@ -26,11 +36,13 @@ class InputSpec:
         name: Its name.
         dtype: Numpy name of its element type.
         shape: Its dimensions; a string is a dynamic axis.
+        unguided: What stands for data that has nothing for it, where the policy added the input; None = data must.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    unguided: float | None = None
 
     def __str__(self) -> str:
         return f"{self.name}={self.dtype}[{', '.join(map(str, self.shape))}]"
@@ -54,6 +66,11 @@ class Batches:
     sizes: list[int] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     dropped: int = 0
+
+
+def required(specs: Sequence[InputSpec]) -> list[InputSpec]:
+    """Return the inputs that data must have: the model's own, without those that a policy added."""
+    return [spec for spec in specs if spec.unguided is None]
 
 
 def batched_names(specs: Sequence[InputSpec]) -> frozenset[str]:
@@ -146,6 +163,10 @@ def _stack(batch: Sequence[Sample], specs: Sequence[InputSpec], batched: frozens
     feed: Feed = {}
     sizes: dict[str, int] = {}
     for spec in specs:
+        if spec.name not in batch[0].inputs and spec.unguided is not None:
+            shape = [size if isinstance(size, int) else sizes.get(size, 1) for size in spec.shape]
+            feed[spec.name] = np.full([len(batch), *shape[1:]], spec.unguided, dtype=_dtype(spec))
+            continue
         if spec.name not in batch[0].inputs:
             raise UsageError(
                 f"calibration data has nothing for input {spec.name}",

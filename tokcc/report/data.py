@@ -13,7 +13,7 @@ from typing import Any
 
 from tokcc.errors import UsageError
 from tokcc.report.arrays import iterate, read_numpy, samples_of
-from tokcc.report.batches import DEFAULT_BATCH, Batches, InputSpec, Sample, assemble, chosen_batch
+from tokcc.report.batches import DEFAULT_BATCH, Batches, InputSpec, Sample, assemble, chosen_batch, required
 from tokcc.report.distances import Array
 from tokcc.report.images import IMAGE_SUFFIXES, find_images, image_samples
 from tokcc.report.processor import plan_images
@@ -110,6 +110,12 @@ def load_calibration(
     made = assemble(_limited(groups, limit, notes), inputs, size=size, fixed=fixed, source=source)
     if made.dropped:
         notes.append(f"calibration: {made.dropped} samples left out, because the batch size is fixed at {size}")
+    for spec in inputs:
+        if spec.unguided is not None and any(spec.name not in sample.inputs for sample in made.samples):
+            notes.append(
+                f"calibration: the data has no `{spec.name}`: {spec.unguided:g} is fed, with which the method is not "
+                "guided"
+            )
     return _collect(made, source, notes)
 
 
@@ -160,7 +166,7 @@ def _from_path(
 ) -> Iterable[Sequence[Sample]]:
     suffix = path.suffix.lower()
     if path.is_dir() or suffix in IMAGE_SUFFIXES:
-        plan, assumed = plan_images(inputs, preprocessor)
+        plan, assumed = plan_images(required(inputs), preprocessor)
         files = find_images(path, limit=limit, seed=seed, label_names=label_names)
         notes.extend([*files.notes, *assumed])
         return image_samples(files, plan, group=size)
@@ -169,7 +175,7 @@ def _from_path(
     if suffix in {".jsonl", ".txt"}:
         whole = whole and suffix == ".txt"
         lines = read_lines(path, whole=whole, limit=limit, label_names=label_names)
-        return text_samples(lines, inputs, preprocessor, whole=whole, group=size, limit=limit, notes=notes)
+        return text_samples(lines, required(inputs), preprocessor, whole=whole, group=size, limit=limit, notes=notes)
     raise UsageError(
         f"calibration data of this kind is not known: {path.name}",
         needed="a folder of images, .npz, .npy, .jsonl or .txt",

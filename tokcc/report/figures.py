@@ -28,6 +28,7 @@ __all__ = [
     "draw_kept_text",
     "draw_latency",
     "draw_tokens",
+    "show_pixels",
 ]
 
 _WIDTH = 5.2
@@ -159,9 +160,9 @@ def draw_kept_images(
         figure.patch.set_alpha(0)
         grid = figure.subplots(shown, len(chosen) + 1, squeeze=False)
         for row in range(shown):
-            _show(grid[row][0], images[row])
+            show_pixels(grid[row][0], images[row])
             for column, stage in enumerate(chosen, 1):
-                _show(grid[row][column], paint(images[row], stage, row))
+                show_pixels(grid[row][column], paint(images[row], stage, row))
         grid[0][0].set_title("input", fontsize=8.5, color=_ANY_PAGE, pad=6)
         for column, stage in enumerate(chosen, 1):
             total = stage.grid[0] * stage.grid[1] if stage.grid else 0
@@ -174,7 +175,8 @@ _ANY_PAGE = "#77808a"
 """Grey that can be read on white and on black: photos are too large to be kept twice."""
 
 
-def _show(axes: Axes, pixels: Array) -> None:
+def show_pixels(axes: Axes, pixels: Array) -> None:
+    """Put a picture into axes, without a frame."""
     axes.imshow(pixels, interpolation="antialiased", cmap="gray", vmin=0, vmax=255)
     axes.set_axis_off()
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokcc.report.distances import Array
 from tokcc.report.schema import KeptText
 
-__all__ = ["KeptTokens", "Word", "kept_texts", "paint", "readable", "spread_over"]
+__all__ = ["KeptTokens", "Word", "kept_texts", "paint", "painting", "patch_grid", "readable", "spread_over"]
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
@@ -111,6 +111,29 @@ def spread_over(stages: Sequence[KeptTokens], columns: int) -> list[KeptTokens]:
         return ordered
     chosen = np.linspace(len(ordered) / columns, len(ordered), columns).round().astype(int) - 1
     return [ordered[position] for position in chosen]
+
+
+def patch_grid(patches: int, height: int, width: int) -> tuple[int, int] | None:
+    """Return rows and columns of square patches that cover a picture, or None where none do.
+
+    Args:
+        patches: How many there are.
+        height: Of the picture.
+        width: Of the picture.
+    """
+    rows = round(float(np.sqrt(patches * height / width)))
+    if rows < 1 or patches % rows:
+        return None
+    columns = patches // rows
+    return (rows, columns) if rows * width == columns * height else None
+
+
+def painting(stages: Sequence[KeptTokens]) -> str:
+    """Say what dark and outlined patches mean, as far as there are any in the first sample."""
+    dropped = any(not stage.patches(0)[0].all() for stage in stages)
+    merged = any(stage.assign is not None for stage in stages)
+    said = ["Dark patches are gone."] * dropped
+    return " ".join([*said, *["Patches of one merged token have its mean colour and one outline."] * merged])
 
 
 def paint(pixels: Array, stage: KeptTokens, sample: int) -> Pixels:

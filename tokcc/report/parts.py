@@ -57,6 +57,10 @@ class TensorFacts(Part):
     name: str = Field(description="Name in the engine, the same as in the original export.")
     dtype: str = Field(description="Numpy name of the element type, for instance float32.")
     shape: tuple[Size, ...] = Field(description="Dimensions; a string is a dynamic axis.")
+    doc: str | None = Field(default=None, description="What it holds, where the policy added the input.")
+    unguided: float | None = Field(
+        default=None, description="What to feed to such an input, in all places, where the method is not to be guided."
+    )
 
 
 class ModelFacts(Part):

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,10 @@ from tokcc.report.batches import InputSpec
 from tokcc.report.distances import Array
 from tokcc.report.extras import require
 
-__all__ = ["ImagePlan", "find_image_input", "plan_images"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["ImagePlan", "find_image_input", "plan_images", "read_picture"]
 
 _BICUBIC = 3
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -27,6 +30,28 @@ _DEFAULT_SIZE = 224
 _DEFAULT_CROP = 0.875
 
 Size2 = tuple[int, int]
+
+
+def read_picture(path: Path, mode: str = "RGB") -> Image:
+    """Read a picture, turned as it was taken.
+
+    Args:
+        path: The file.
+        mode: Pillow's name of the colours.
+
+    Raises:
+        UsageError: The file is no picture that pillow can read, or pillow is not installed.
+    """
+    require("PIL", "calibration with images")
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened).convert(mode)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(
+            f"cannot read the image {path}", found=str(error), help="remove or repair it; it is damaged or no image"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -61,16 +86,9 @@ class ImagePlan:
         Raises:
             UsageError: The file is no picture that pillow can read.
         """
-        require("PIL", "calibration with images")
-        from PIL import Image, ImageOps
+        from PIL import Image
 
-        try:
-            with Image.open(path) as opened:
-                image = ImageOps.exif_transpose(opened).convert("L" if self.channels == 1 else "RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UsageError(
-                f"cannot read the image {path}", found=str(error), help="remove or repair it; it is damaged or no image"
-            ) from error
+        image = read_picture(path, "L" if self.channels == 1 else "RGB")
         target = self._resized(image.height, image.width)
         if (image.height, image.width) != target:
             image = image.resize((target[1], target[0]), Image.Resampling(self.resample))

@@ -11,7 +11,7 @@ from tokcc.report.distances import Array
 from tokcc.report.extras import available
 from tokcc.report.findings import findings
 from tokcc.report.html import write_html
-from tokcc.report.kept import KeptTokens, kept_texts
+from tokcc.report.kept import KeptTokens, kept_texts, painting
 from tokcc.report.schema import Decoding, Figure, Report
 
 __all__ = ["write_report"]
@@ -130,17 +130,11 @@ def _jobs(report: Report, images: Sequence[Array], stages: Sequence[KeptTokens])
         jobs.append(_Job(figure, lambda: draw_break_even(points, LIGHT), lambda: draw_break_even(points, DARK)))
     pictured = [stage for stage in stages if stage.grid is not None]
     if len(images) and pictured:
-        merged = any(stage.assign is not None for stage in pictured)
-        dropped = any(not stage.alive(0).all() for stage in pictured)
-        painted = [
-            "Dark patches are gone." if dropped else "",
-            "Patches of one merged token have its mean colour and one outline." if merged else "",
-        ]
         figure = Figure(
             name="kept_images",
             path="figures/kept_images.png",
             title="Patches that are left in a picture",
-            caption=" ".join(part for part in painted if part),
+            caption=painting(pictured),
             alt="Photos of the calibration data, with the patches that remain after some of the blocks.",
             wide=True,
         )

@@ -25,6 +25,7 @@ class WindowAttention(CacheScore):
         window: Queries that rate.
         pool: How neighbours are smoothed; ``avg`` divides by the whole kernel at the edges too.
         kernel: Width of the pool, odd.
+        rows: How the queries become one score.
         group: How the query heads of a key head become one score.
         when: Whether heads are reduced before or after pooling: it matters where a maximum is in play.
     """
@@ -35,6 +36,7 @@ class WindowAttention(CacheScore):
     window: int = Field(default=32, ge=1)
     pool: Pool = "avg"
     kernel: Kernel = 5
+    rows: Literal["sum", "max"] = "sum"
     group: Literal["mean", "max"] = "mean"
     when: Literal["before_pool", "after_pool"] = "after_pool"
 
@@ -42,8 +44,15 @@ class WindowAttention(CacheScore):
         """See :class:`WindowAttention`."""
         b = cut.b
         rows = b.min_sizes(self.window, cut.new)
-        sums = b.sum(cut.probs(rows), 3)  # [B, Hkv, G, L]
-        return self._smoothed(cut, b.where(cut.newest(self.window), 0.0, sums))
+        return self._before_window(cut, self._over_rows(b, cut.probs(rows)))
+
+    def _over_rows(self, b: Builder, probs: Any) -> Any:
+        """``[B, Hkv, G, R, L]`` to ``[B, Hkv, G, L]``."""
+        return b.sum(probs, 3) if self.rows == "sum" else b.amax(probs, 3)
+
+    def _before_window(self, cut: CacheCut, rated: Any) -> Any:
+        """Cut the window's columns off ``[B, Hkv, G, L]`` and return the score."""
+        return self._smoothed(cut, cut.b.where(cut.newest(self.window), 0.0, rated))
 
     def _smoothed(self, cut: CacheCut, sums: Any) -> Any:
         """``[B, Hkv, G, L]`` to ``[B, Hkv, L]``."""

@@ -13,6 +13,7 @@ from pydantic import Field
 from tokcc.ir.builder import Builder
 from tokcc.passes.budget import Count
 from tokcc.passes.cache.cut import LOWEST, CacheCut
+from tokcc.passes.cache.ripening import ripe
 from tokcc.passes.cache.rounding import Grid, grid_between, pack, round_to, unpack, values_of
 from tokcc.passes.cache.runs import run_of
 from tokcc.passes.cache.storage import CacheForm, CacheStorage, Held, Left, Stored
@@ -158,14 +159,9 @@ class Classes(CacheStorage):
     def write(self, b: Builder, form: CacheForm, tensors: Mapping[str, Any], left: Left) -> dict[str, Any]:
         """See :class:`Classes`."""
         assert left.cut is not None
-        waiting = b.add_sizes(b.size(tensors["key_tail"], 2), left.new)
-        first = b.sub_sizes(1, b.min_sizes(left.past, 1))
-        later = b.mul_sizes(b.min_sizes(b.floordiv_sizes(waiting, self.every), 1), self.every)
-        # In the first call everything waits.
-        count = b.max_sizes(b.mul_sizes(first, left.new), b.mul_sizes(b.sub_sizes(1, first), later))
+        block = ripe(b, left, tensors["key_tail"], self.every)
+        count, start, stop = block.count, block.start, block.stop
         blocks = b.min_sizes(count, 1)
-        start = b.sub_sizes(left.cut.total, waiting)
-        stop = b.add_sizes(start, count)
         real = run_of(b, left.real, 1, start, stop)  # [B, F]
         score = run_of(b, self._score(b, left.cut), 2, start, stop)
         score = b.where(b.unsqueeze(real, 1), score, LOWEST)

@@ -70,6 +70,8 @@ def _channels(x: Tensor, picks: Tensor) -> tuple[Tensor, ...]:
         aten.slice.Tensor(x, -1, -3, 9223372036854775807),
         aten.index_select.default(x, 2, picks),
         aten.index_select.default(x.transpose(1, 2), 1, picks),
+        aten.index.Tensor(x, [None, None, picks]),
+        aten.index.Tensor(x.transpose(1, 2), [None, picks]),
     )
 
 
@@ -81,6 +83,8 @@ _CHANNELS = (
     "b n d",
     "b n e",
     "b n e",
+    "b n 3",
+    "b 3 n",
     "b n 3",
     "b 3 n",
 )

@@ -7,14 +7,27 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim
 
-from tests.passes.oracle import Cut, Feeds, Method, Model, Result, Scene, compare, drop, policy, program_of, reference
-from tests.passes.reference_models import audio, frames, patches, sentences, text, vision
+from tests.passes.oracle import (
+    Cut,
+    Feeds,
+    Method,
+    Model,
+    Result,
+    Scene,
+    compare,
+    drop,
+    policy,
+    program_of,
+    reference,
+    run_engine,
+)
+from tests.passes.reference_models import WIDTH, audio, frames, patches, sentences, text, vision
 from tokcc.errors import AxisError
 from tokcc.passes.methods import library
-from tokcc.testing import run_eager
+from tokcc.testing import reduce_program, run_eager, trace
 
 
 def distances(features: Tensor) -> np.ndarray:
@@ -114,6 +127,47 @@ def test_copies_are_not_picked_twice() -> None:
     feeds = {"frames": x}
     _, plan = run_eager(program_of(model, feeds), policy({"preset": "divprune", "budget": {"tokens": 7}}), feeds)
     assert len(set(plan.made[0].index[0].tolist())) == 7
+
+
+def test_one_selection_over_all_crops_of_an_image() -> None:
+    """Crops keep different numbers; the sum is the share of all tokens, rounded."""
+    feeds = {"frames": frames(4, 25)}
+    model, program = audio(), program_of(audio(), feeds)
+    step = policy({"preset": "divprune", "over": "batch", "keep": 0.17})
+    reduced, _ = reduce_program(program, step)
+    tokens, index, valid = run_engine(reduced, feeds)
+    with torch.no_grad():
+        dense = model(**feeds)["tokens"]
+    chosen = greedy(distances(dense.flatten(0, 1)), 17)
+    for crop in range(4):
+        wanted = sorted(i - 25 * crop for i in chosen if i // 25 == crop)
+        assert index[crop][valid[crop]].tolist() == wanted
+        torch.testing.assert_close(tokens[crop][valid[crop]], dense[crop][wanted], rtol=0, atol=1e-4)
+
+
+class Projected(nn.Module):
+    """An encoder behind which a projector squeezes all channels but one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.projector = vision(), nn.Linear(WIDTH, 6)
+        with torch.no_grad():
+            self.projector.weight.copy_(torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(5)))
+
+    def forward(self, patches: Tensor) -> dict[str, Tensor]:
+        return {"tokens": self.projector(self.encoder(patches)["tokens"][:, 1:])}
+
+
+@torch.no_grad()
+def test_distances_are_those_behind_the_projector() -> None:
+    """The class token is cut off in front of it; its rows are not the first picks."""
+    model, feeds = Projected().eval(), {"patches": patches(2, 38)}
+    reduced, _ = reduce_program(trace(model, feeds), policy({"preset": "divprune", "budget": {"tokens": 8}}))
+    tokens = run_engine(reduced, feeds)[0]
+    for row, z in enumerate(model(**feeds)["tokens"]):
+        chosen = sorted(greedy(distances(z), 8))
+        torch.testing.assert_close(tokens[row], z[chosen], rtol=0, atol=1e-4)
+        assert chosen != sorted(greedy(distances(vision()(feeds["patches"])["tokens"][row, 1:]), 8))
 
 
 def test_default() -> None:

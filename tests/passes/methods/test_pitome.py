@@ -29,7 +29,15 @@ from tests.passes.reference_models import audio, frames, patches, sentences, tex
 from tokcc.testing import reduce_program, run_eager, run_program, trace
 
 
-def pitome(ratio: float, protected: int, *, margin: float = 0.9, form: str = "elu", still: bool = False) -> Method:
+def pitome(
+    ratio: float,
+    protected: int,
+    *,
+    margin: float = 0.9,
+    form: str = "elu",
+    still: bool = False,
+    protect_from: float = 0.0,
+) -> Method:
     """``still``: a layer that merges nothing keeps the order, as a whole reduction that removes nothing is left out."""
 
     def method(scene: Scene) -> Cut | None:
@@ -46,6 +54,11 @@ def pitome(ratio: float, protected: int, *, margin: float = 0.9, form: str = "el
         r = min(len(key) - share_of(len(key), ratio), len(key) // 2)
         if r == 0 and still:
             return Cut(list(range(scene.n)), scene.x, sizes=scene.sizes)
+        if scene.layer < math.ceil(protect_from * scene.depth):
+            left, right = order[::2], order[1::2]
+            best = {a: max(right, key=lambda b: (cosine(key[a], key[b]), -right.index(b))) for a in left if right}
+            edges = sorted(best, key=lambda a: (-cosine(key[a], key[best[a]]), left.index(a)))
+            return merge(scene, [*range(protected), *edges[r:], *right], [(a, best[a]) for a in edges[:r]])
         left, right = order[0 : 2 * r : 2], order[1 : 2 * r : 2]
         to = {a: max(right, key=lambda b: (cosine(key[a], key[b]), -right.index(b))) for a in left}
         return merge(scene, [*range(protected), *order[2 * r :], *right], list(to.items()))
@@ -56,6 +69,7 @@ def pitome(ratio: float, protected: int, *, margin: float = 0.9, form: str = "el
 def check(model: Model, feeds: Feeds, step: dict[str, Any], protected: int, **kwargs: Any) -> list[Result]:
     still = "mask" not in feeds and kwargs.get("dynamic") is None
     options = {"margin": step.get("margin", 0.9), "form": step.get("energy", "elu"), "still": still}
+    options["protect_from"] = step.get("protect_from", 0.0)
 
     def oracle(sample: Feeds) -> Result:
         return reference(model, sample, pitome(step["ratio"], protected, **options), layers=range(len(model.blocks)))
@@ -73,6 +87,14 @@ def test_images(energy: str) -> None:
         for cut in result.cuts:
             assert cut.sizes is not None
             assert float(cut.sizes.sum()) == 50
+
+
+def test_all_tokens_are_matched_in_the_first_layers() -> None:
+    """As the reference implementation of classifiers does in the first half of the depth."""
+    step = {"ratio": 0.8, "margin": 0.75, "protect_from": 0.5}
+    assert check(vision(), {"patches": patches(3, 50)}, step, 1, full=True)[0].lengths == [41, 33, 27, 22]
+    check(audio(), {"frames": frames(3, 30)}, {**step, "protect_from": 1.0}, 0, engine=True)
+    check(text(), sentences([20, 13, 5]), step, 1)
 
 
 def test_no_class_token_and_layers_without_a_merge() -> None:

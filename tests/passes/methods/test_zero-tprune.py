@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,7 +50,14 @@ def pagerank(scene: Scene, iterations: tuple[int, int, int], low: float = 0.01, 
     return [(total / used) ** 0.5 for total in squares]
 
 
-def zero_tprune(keep: float, duplicates: int, iterations: tuple[int, int, int]) -> Method:
+def left_over(scene: Scene, left: list[int]) -> Scene:
+    """The attention among some tokens, its rows summing to one again; the class token stays a voter."""
+    there = [0, *sorted(left)]
+    probs = scene.probs[:, there][:, :, there]
+    return replace(scene, x=scene.x[there], probs=probs / probs.sum(-1, keepdim=True))
+
+
+def zero_tprune(keep: float, duplicates: int, iterations: tuple[int, int, int], *, again: bool = False) -> Method:
     def method(scene: Scene) -> Cut | None:
         importance = pagerank(scene, iterations)
         keys = scene.keys.transpose(0, 1).flatten(1)
@@ -59,17 +67,26 @@ def zero_tprune(keep: float, duplicates: int, iterations: tuple[int, int, int]) 
         twin = {a: max(cosine(keys[a], keys[b]) for b in better) for a in worse}
         gone = sorted(worse, key=lambda a: -twin[a])[: min(duplicates, len(worse))]
         left = [i for i in order if i not in gone]
+        if again:
+            there = [0, *sorted(left)]
+            second = dict(zip(there, pagerank(left_over(scene, left), iterations), strict=True))
+            left = sorted(left, key=lambda i: -second[i])
         return drop(scene, [0, *sorted(left[: share_of(len(left), keep)])])
 
     return method
 
 
-def check(model: Model, feeds: Feeds, keep: float, duplicates: int, **kwargs: Any) -> list[Result]:
+def check(
+    model: Model, feeds: Feeds, keep: float, duplicates: int, *, again: bool = False, **kwargs: Any
+) -> list[Result]:
     iterations = (8, 3, 1)
     step = {"preset": "zero-tprune", "keep": keep, "duplicates": duplicates, "iterations": list(iterations)}
+    if again:
+        step["again"] = {"kind": "pagerank", "iterations": list(iterations)}
 
     def oracle(sample: Feeds) -> Result:
-        return reference(model, sample, zero_tprune(keep, duplicates, iterations), layers=range(len(model.blocks)))
+        method = zero_tprune(keep, duplicates, iterations, again=again)
+        return reference(model, sample, method, layers=range(len(model.blocks)))
 
     return compare(model, feeds, step, oracle, **kwargs)
 
@@ -77,6 +94,12 @@ def check(model: Model, feeds: Feeds, keep: float, duplicates: int, **kwargs: An
 def test_images() -> None:
     results = check(vision(), {"patches": patches(2, 33)}, 0.9, 4)
     assert results[0].lengths == [27, 21, 16, 11]
+
+
+def test_ranking_what_is_left_again() -> None:
+    """The second stage on the attention among the tokens that the first one left."""
+    check(vision(), {"patches": patches(2, 33)}, 0.8, 4, again=True, engine=True)
+    check(text(), sentences([16, 11, 6]), 0.8, 3, again=True)
 
 
 def test_padded_rows_are_what_they_are_alone() -> None:

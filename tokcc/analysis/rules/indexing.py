@@ -233,6 +233,17 @@ def index_select(ctx: Context, x: Value, dim: int, index: Value) -> Value:
     return x.having(handle=ctx.emit(x.handle, dim, index.handle), axes=axes, old=ctx.old_shape())
 
 
+def index(ctx: Context, x: Value, indices: Sequence[Value | None]) -> Value:
+    """Take positions of one axis without tokens, written as an index with gaps."""
+    given = [(dim, picks) for dim, picks in enumerate(indices) if picks is not None]
+    if len(given) != 1 or any(f.space is not None for f in x.axes[given[0][0]]):
+        ctx.fail("no axis rule for an index along tokens, or along several axes")
+    ((dim, picks),) = given
+    handles = [None if item is None else item.handle for item in indices]
+    axes = (*x.axes[:dim], *(picks.axes or ((),)), *x.axes[dim + 1 :])
+    return x.having(handle=ctx.emit(x.handle, handles), axes=axes, old=ctx.old_shape())
+
+
 def embedding(ctx: Context, table: Value, index: Value, *rest: Any) -> Value:
     """Rows of a table: the axes of the index, then the features."""
     handle = ctx.emit(table.handle, index.handle, *rest)
@@ -261,6 +272,7 @@ RULES: dict[Any, Any] = {
     aten.chunk.default: split,
     aten.unbind.int: unbind,
     aten.index_select.default: index_select,
+    aten.index.Tensor: index,
     aten.embedding.default: embedding,
     aten.gather.default: gather,
 }

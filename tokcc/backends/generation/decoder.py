@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokcc.backends.bundle import Bundle
+from tokcc.backends.generation.added import AddedInput, added_inputs
 from tokcc.backends.ort import Session
 from tokcc.errors import LoweringError, UsageError
 
@@ -24,6 +25,7 @@ Past = dict[str, Array]
 """What is carried from call to call: ``past_key_values.*`` by name."""
 
 _PAST, _PRESENT = "past_key_values.", "present."
+_IDS, _EMBEDS = "input_ids", "inputs_embeds"
 _DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -75,11 +77,14 @@ class DecoderEngine:
     """
 
     def __init__(self, source: Bundle | str | Path, *, threads: int = 0) -> None:
-        self.path = _engine_file(source)
+        self.path, self.folder = _engine_file(source)
         self._session = Session(self.path, threads=threads, patterns=False)
         inputs = {item.name: item for item in self._session.session.get_inputs()}
         outputs = {item.name: item for item in self._session.session.get_outputs()}
-        _check_decoder(self.path, list(inputs), list(outputs))
+        metadata = self._session.session.get_modelmeta().custom_metadata_map
+        self.added: Mapping[str, AddedInput] = added_inputs(metadata)
+        """Inputs that the policy added, by name."""
+        _check_decoder(self.path, list(inputs), list(outputs), list(self.added))
         self._inputs = {name: _dtype(item) for name, item in inputs.items()}
         self._carried = tuple(
             _Carried(name, tuple(item.shape), outputs[name.replace(_PAST, _PRESENT, 1)].shape[-1], self._inputs[name])
@@ -89,16 +94,18 @@ class DecoderEngine:
         for item in self._carried:
             if len(item.shape) != 4 or not isinstance(item.shape[1], int) or not isinstance(item.width, int):
                 raise _not_a_decoder(self.path, f"`{item.name}` as [batch, heads, slots, width]", f"{list(item.shape)}")
-        batch, width = inputs["input_ids"].shape[0], outputs["logits"].shape[-1]
+        tokens = inputs[_IDS if _IDS in inputs else _EMBEDS]
+        self._embed = (
+            Session(_embedding_file(self.path), threads=threads, patterns=False) if _EMBEDS in inputs else None
+        )
+        place = inputs.get("position_ids")
+        self.position_axes = 1 if place is None or len(place.shape) == 2 else int(place.shape[0])
+        """Numbers that a position is made of: one, or frame, row and column."""
+        batch, width = tokens.shape[0], outputs["logits"].shape[-1]
         self.batch: int | None = batch if isinstance(batch, int) else None
         """The batch size, where the engine fixes it."""
         self.vocabulary: int | None = width if isinstance(width, int) else None
         """The number of logits, where the engine tells."""
-
-    @property
-    def folder(self) -> Path:
-        """Where the engine is."""
-        return self.path.parent
 
     @property
     def slot_bytes(self) -> int:
@@ -115,7 +122,32 @@ class DecoderEngine:
             item.name: np.zeros((batch, item.shape[1], item.slots, item.width), item.dtype) for item in self._carried
         }
 
-    def call(self, ids: Array, mask: Array, positions: Array, past: Mapping[str, Array]) -> tuple[Array, Past]:
+    def nothing(self, batch: int, new: int) -> dict[str, Array]:
+        """Return what stands for nothing in the inputs that the policy added."""
+        return {name: item.nothing(batch, new, self._inputs[name]) for name, item in self.added.items()}
+
+    def given(self, rows: Mapping[str, Sequence[Sequence[float]]], batch: int, new: int) -> dict[str, Array]:
+        """Return rows of different lengths as arrays for those inputs.
+
+        Raises:
+            UsageError: There is no such input, or the rows do not fit.
+        """
+        for name in rows:
+            if name not in self.added:
+                raise UsageError(
+                    f"the engine has no input `{name}` beside the model's own",
+                    needed="one of " + ", ".join(self.added) if self.added else "a policy that adds one",
+                )
+        return {name: self.added[name].rows(given, batch, new, self._inputs[name]) for name, given in rows.items()}
+
+    def call(
+        self,
+        ids: Array,
+        mask: Array,
+        positions: Array,
+        past: Mapping[str, Array],
+        given: Mapping[str, Array] | None = None,
+    ) -> tuple[Array, Past]:
         """Run one call.
 
         Args:
@@ -123,6 +155,8 @@ class DecoderEngine:
             mask: int64 ``[B, T]``: 1 = real token, for all tokens so far and the new ones; padding on the left.
             positions: int64 ``[B, S]``: true positions of the new tokens, as if nothing were ever evicted.
             past: What the call before returned, or :meth:`empty_past`.
+            given: Values of inputs that the policy added; nothing where one is not given. Of an engine that reads
+                embeddings also ``inputs_embeds`` ``[B, S, H]``, where they are not those of the tokens.
 
         Returns:
             The logits of the last new token ``[B, V]``, and what the next call takes as ``past``.
@@ -131,16 +165,30 @@ class DecoderEngine:
             UsageError: The cache is not one of this engine, or a token is not in the vocabulary.
             LoweringError: The runtime fails.
         """
-        logits, carried = self.read(ids, mask, positions, past)
+        logits, carried = self.read(ids, mask, positions, past, given)
         return logits[:, -1], carried
 
-    def read(self, ids: Array, mask: Array, positions: Array, past: Mapping[str, Array]) -> tuple[Array, Past]:
+    def read(
+        self,
+        ids: Array,
+        mask: Array,
+        positions: Array,
+        past: Mapping[str, Array],
+        given: Mapping[str, Array] | None = None,
+    ) -> tuple[Array, Past]:
         """Run one call as :meth:`call` does; return the logits of all new tokens ``[B, S, V]``.
 
         An engine that computes those of the last token alone gives ``[B, 1, V]``.
         """
         self._check(ids, past)
+        if self.position_axes > 1 and positions.ndim == 2:
+            positions = np.broadcast_to(positions, (self.position_axes, *positions.shape))
         known = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        known |= self.nothing(*ids.shape)
+        known |= {name: ids == item.token for name, item in self.added.items() if item.token is not None}
+        known |= dict(given or {})
+        if self._embed is not None and _EMBEDS not in known:
+            known[_EMBEDS] = self.embed(ids)
         feeds = {
             name: known[name].astype(dtype, copy=False) if name in known else past[name]
             for name, dtype in self._inputs.items()
@@ -152,11 +200,18 @@ class DecoderEngine:
             raise LoweringError(
                 f"the engine `{self.path}` fails in a call of {new} tokens after {mask.shape[1] - new}",
                 found=" ".join(str(error).split())[:300],
-                help="a text longer than the model's positions is one reason; `tokcc verify` checks the bundle",
+                help="a text longer than the model's positions is one reason, another is a prompt without the number of"
+                " image tokens that the policy takes some of; `tokcc verify` checks the bundle",
             ) from error
         logits = results["logits"]
         rows = logits if logits.ndim == 3 else logits[:, None]
         return rows, {item.name: results[item.output] for item in self._carried}
+
+    def embed(self, ids: Array) -> Array:
+        """Return the embeddings ``[B, S, H]`` of tokens ``[B, S]``, of an engine that reads embeddings."""
+        assert self._embed is not None
+        made: Array = self._embed.run({_IDS: np.asarray(ids, np.int64)})[_EMBEDS]
+        return made
 
     def _check(self, ids: Array, past: Mapping[str, Array]) -> None:
         if self.batch not in (None, ids.shape[0]):
@@ -189,26 +244,39 @@ class DecoderEngine:
                 )
 
 
-def _engine_file(source: Bundle | str | Path) -> Path:
-    if isinstance(source, Bundle):
-        return source.engine("onnx")
-    path = Path(source)
-    if path.is_dir():
-        return Bundle.open(path).engine("onnx")
+def _engine_file(source: Bundle | str | Path) -> tuple[Path, Path]:
+    """Return the engine, and the folder of configuration and tokenizer."""
+    path = source.path if isinstance(source, Bundle) else Path(source)
+    if isinstance(source, Bundle) or path.is_dir():
+        bundle = source if isinstance(source, Bundle) else Bundle.open(path)
+        part = bundle.part("decoder") if bundle.manifest.parts else bundle
+        return part.engine("onnx"), bundle.root
     if not path.is_file():
         raise UsageError(f"there is no bundle and no engine `{path}`", help="give what `tokcc compile -o` wrote")
+    return path, path.parent
+
+
+def _embedding_file(engine: Path) -> Path:
+    path = engine.with_name("embed_tokens.onnx")
+    if not path.is_file():
+        raise UsageError(
+            f"`{engine}` reads embeddings, and the table of them is not beside it",
+            needed=path.name,
+            help="keep the engines of a bundle together",
+        )
     return path
 
 
-def _check_decoder(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+def _check_decoder(path: Path, inputs: Sequence[str], outputs: Sequence[str], added: Sequence[str]) -> None:
     carried = [name for name in inputs if name.startswith(_PAST)]
-    if "input_ids" not in inputs or "logits" not in outputs or not carried:
+    if not {_IDS, _EMBEDS} & {*inputs} or "logits" not in outputs or not carried:
         names = ", ".join((*inputs[:4], *(["..."] if len(inputs) > 4 else [])))
         raise _not_a_decoder(path, "input_ids and past_key_values.* in, logits and present.* out", f"inputs {names}")
     for name in carried:
         if name.replace(_PAST, _PRESENT, 1) not in outputs:
             raise _not_a_decoder(path, f"an output `{name.replace(_PAST, _PRESENT, 1)}`", "none of that name")
-    foreign = [name for name in inputs if name not in (*carried, "input_ids", "attention_mask", "position_ids")]
+    known = (*carried, *added, _IDS, _EMBEDS, "attention_mask", "position_ids")
+    foreign = [name for name in inputs if name not in known]
     if foreign:
         raise _not_a_decoder(path, "no inputs but tokens, mask, positions and cache", f"`{foreign[0]}`")
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tokcc.backends.bundle import Bundle
 from tokcc.backends.generation.decoder import DecoderEngine
@@ -14,7 +17,25 @@ from tokcc.backends.generation.sampling import Sampler, Sampling
 from tokcc.backends.runtime_files import stop_tokens
 from tokcc.errors import UsageError
 
-__all__ = ["Generation", "Generator"]
+__all__ = ["Generation", "Generator", "Media", "left_padded"]
+
+Rows = Mapping[str, Sequence[Sequence[float]]]
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Media:
+    """What images or sounds make of padded prompts.
+
+    Attributes:
+        embeds: ``[B, S, H]``: embeddings of the prompts with features in the places of placeholders.
+        positions: int64 ``[3, B, S]``, where they are not counted one by one.
+        beside: Inputs that the policy added, by name.
+    """
+
+    embeds: Array
+    positions: Array | None = None
+    beside: Mapping[str, Array] = field(default_factory=dict)
 
 
 class Generator:
@@ -41,6 +62,7 @@ class Generator:
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
         stop: Sequence[int] | None = None,
+        given: Rows | None = None,
     ) -> Generation:
         """Generate step by step.
 
@@ -49,19 +71,20 @@ class Generator:
             max_new_tokens: At most this many in each row.
             sampling: How tokens are chosen; the most probable one by default.
             stop: Tokens that end a row; by default what the files beside the engine say.
+            given: Inputs that the policy added, for the prompts: a row for each of them; nothing afterwards.
 
         Returns:
             An iterator over the steps.
 
         Raises:
-            UsageError: A prompt is empty, or a setting is out of range.
+            UsageError: A prompt is empty, a setting is out of range, or what is given does not fit.
         """
         if not prompts or not all(len(row) for row in prompts):
             raise UsageError("a prompt is empty", needed="at least one token in every prompt")
         if max_new_tokens < 1:
             raise UsageError("nothing is to be generated", needed="max_new_tokens of at least 1")
         ends = frozenset(stop_tokens(self.engine.folder) if stop is None else stop)
-        return Generation(self.engine, prompts, max_new_tokens, sampling or Sampling(), ends)
+        return Generation(self.engine, prompts, max_new_tokens, sampling or Sampling(), ends, given)
 
     def generate(
         self,
@@ -70,12 +93,23 @@ class Generator:
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
         stop: Sequence[int] | None = None,
+        given: Rows | None = None,
     ) -> list[list[int]]:
         """Generate at once; returns the new tokens of each row, with the token that ended it. Arguments as above."""
-        generation = self.stream(prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+        generation = self.stream(prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, given=given)
         for _ in generation:
             pass
         return generation.rows
+
+
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+    """Return tokens and mask int64 ``[B, S]`` of rows of different lengths."""
+    length = max(map(len, prompts))
+    ids, mask = np.zeros((2, len(prompts), length), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = 1
+    return ids, mask
 
 
 class Generation(Iterator[tuple[int | None, ...]]):
@@ -97,16 +131,19 @@ class Generation(Iterator[tuple[int | None, ...]]):
         max_new_tokens: int,
         sampling: Sampling,
         stop: frozenset[int],
+        given: Rows | None = None,
+        media: Media | None = None,
     ) -> None:
         batch, length = len(prompts), max(map(len, prompts))
         self._engine, self._left, self._stop = engine, max_new_tokens, stop
-        self._ids = np.zeros((batch, length), np.int64)
-        self._mask = np.zeros((batch, length), np.int64)
-        for row, prompt in enumerate(prompts):
-            self._ids[row, length - len(prompt) :] = prompt
-            self._mask[row, length - len(prompt) :] = 1
+        self._ids, self._mask = left_padded(prompts)
         self._positions = np.maximum(self._mask.cumsum(1) - 1, 0)
         self._past = engine.empty_past(batch)
+        self._given = engine.given(given or {}, batch, length)
+        if media is not None:
+            self._given |= {**media.beside, "inputs_embeds": media.embeds}
+            if media.positions is not None:
+                self._positions = media.positions
         self._samplers = [Sampler(sampling, row) for row in range(batch)]
         self.stopped = [False] * batch
         self.rows: list[list[int]] = [[] for _ in prompts]
@@ -130,7 +167,8 @@ class Generation(Iterator[tuple[int | None, ...]]):
         if self._left == 0 or all(self.stopped):
             raise StopIteration
         started = time.perf_counter()
-        logits, self._past = self._engine.call(self._ids, self._mask, self._positions, self._past)
+        logits, self._past = self._engine.call(self._ids, self._mask, self._positions, self._past, self._given)
+        self._given = {}
         chosen = [sample(row) for sample, row in zip(self._samplers, logits, strict=True)]
         self._account(time.perf_counter() - started)
         step = tuple(None if ended else token for token, ended in zip(chosen, self.stopped, strict=True))
@@ -141,9 +179,14 @@ class Generation(Iterator[tuple[int | None, ...]]):
         # A row that has ended goes on unseen: rows do not know of each other, and the mask keeps its form.
         self._ids = np.array(chosen, np.int64)[:, None]
         self._mask = np.concatenate([self._mask, np.ones_like(self._ids)], 1)
-        self._positions = self._positions[:, -1:] + 1
+        self._positions = self._following()
         self._left -= 1
         return step
+
+    def _following(self) -> Array:
+        """Return the positions of the next tokens: past the furthest so far, which a picture may have brought."""
+        last = self._positions.max(-1, keepdims=True)
+        return (last if last.ndim == 2 else np.broadcast_to(last.max(0, keepdims=True), last.shape)) + 1
 
     def _account(self, seconds: float) -> None:
         self.cache_bytes = sum(value.nbytes for value in self._past.values())

@@ -14,6 +14,7 @@ from tokcc.lowering.onnx import (
     reductions,
     shapes,
     sizes,
+    subset,
     tokens,
 )
 
@@ -24,6 +25,6 @@ __all__ = ["lowerings"]
 def lowerings() -> dict[Any, Any]:
     """Return every lowering by operation."""
     table: dict[Any, Any] = {}
-    for module in (sizes, shapes, elementwise, reductions, indexing, algebra, tokens, cache, cached_attention):
+    for module in (sizes, shapes, elementwise, reductions, indexing, algebra, tokens, subset, cache, cached_attention):
         table.update(module.LOWERINGS)
     return table

@@ -1,7 +1,7 @@
 """The ``tokcc::`` operations in standard ones: the forms that are fast in ONNX Runtime and accepted elsewhere.
 
 Measured choices: GatherND with batch_dims over GatherElements for rows, a one-hot product over the merged tokens only
-over scatter-add, TopK on int64 to restore order, a Loop with one float state for greedy selection.
+over scatter-add, TopK on int64 to restore order.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import fx
 
 import tokcc.kernels
 from tokcc.lowering.onnx.algebra import additive_mask, probabilities
-from tokcc.lowering.onnx.recorder import SubgraphRecorder
 from tokcc.lowering.onnx.translate import Translator, ir_dtype
 
 __all__ = ["LOWERINGS"]
@@ -124,63 +122,10 @@ def attention_probs(t: Translator, node: fx.Node, query: Any, key: Any, mask: An
     return probabilities(t, t.value(query), t.value(key), added, float(scale), dtype, 4)
 
 
-def greedy_select(t: Translator, node: fx.Node, similarity: Any, unary: Any, first: Any, k: Any) -> Any:
-    """A Loop that carries one float state: how well the picked tokens represent each token; picked ones are marked."""
-    del node
-    picked = 1e38  # marks a picked token in the state: no score can win from there
-    op = t.op
-    table, base = t.value(similarity), t.value(unary)
-    depth = op("Squeeze", op("Shape", base, start=1, end=2))
-    positions = op("Range", op.constant(0, _INT), depth, op.constant(1, _INT))
-    start = op("ArgMax", t.value(first), axis=1, keepdims=1)  # [B, 1]
-    state = _update(
-        op,
-        op("Add", op("Mul", base, op.constant(0.0, np.float32)), op.constant(-1e30, np.float32)),
-        start,
-        table,
-        positions,
-        picked,
-    )
-    count = t.size(k)
-    trips = op.constant(count - 1, _INT) if isinstance(count, int) else op("Squeeze", op("Sub", count, op.ints([1])))
-    state = _loop(t, trips, state, base, table, positions, picked)
-    # Recover the set: picked tokens first, in order of position.
-    mark = op("Cast", op("Greater", state, op.constant(picked / 2, np.float32)), to=int(_INT))
-    key = op("Sub", op("Mul", mark, op("Add", depth, op.constant(1, _INT))), positions)
-    return op("TopK", key, t.size_vector(k), outputs=2, axis=1, largest=1, sorted=1)[1]
-
-
-def _update(op: Any, state: Any, choice: Any, table: Any, positions: Any, picked: float) -> Any:
-    """``state <- max(state, similarity[choice])``, and mark the choice."""
-    row = op(
-        "Squeeze", op("GatherND", table, op("Unsqueeze", choice, op.ints([2])), batch_dims=1), op.ints([1])
-    )  # [B, N]
-    best = op("Max", state, row)
-    return op("Where", op("Equal", positions, choice), op.constant(picked, np.float32), best)
-
-
-def _loop(t: Translator, trips: Any, state: Any, base: Any, table: Any, positions: Any, picked: float) -> Any:
-    scope = f"{t.op.scope}/loop"
-    step = ir.Value(name=t.op.unique(f"{scope}/step"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
-    going = ir.Value(name=t.op.unique(f"{scope}/going"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL))
-    held = ir.Value(
-        name=t.op.unique(f"{scope}/state"), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None, None])
-    )
-    body = SubgraphRecorder(t.op, scope)
-    score = body("Sub", base, held)
-    choice = body("ArgMax", score, axis=1, keepdims=1)
-    after = _update(body, held, choice, table, positions, picked)
-    on = body("Identity", going)
-    graph = body.graph([step, going, held], [on, after], [ir.DataType.BOOL, ir.DataType.FLOAT])
-    true = t.op.constant(True, ir.DataType.BOOL)
-    return t.op("Loop", trips, true, state, body=graph)
-
-
 LOWERINGS: dict[Any, Any] = {
     ops.gather_tokens.default: gather_tokens,
     ops.scatter_tokens.default: scatter_tokens,
     ops.merge_tokens.default: merge_tokens,
     ops.topk_select.default: topk_select,
     ops.attention_probs.default: attention_probs,
-    ops.greedy_select.default: greedy_select,
 }

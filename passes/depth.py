@@ -1,0 +1,38 @@
+"""Layers that a piece reads beside the cut's own."""
+
+from __future__ import annotations
+
+from tokcc.config import At
+from tokcc.passes.cut import Cut
+
+__all__ = ["LayerChoice", "chosen_layer", "read_layer"]
+
+LayerChoice = int | float | None
+"""A layer from 0, from the end (negative), at a fraction of the depth, or None for the cut's own."""
+
+
+def chosen_layer(choice: LayerChoice, layer: int, num_layers: int) -> int:
+    """Return the number of the layer that is read.
+
+    Args:
+        choice: What the policy says.
+        layer: The cut's layer.
+        num_layers: Depth of the model.
+
+    Raises:
+        ValueError: The model has no such layer, or it runs behind the cut.
+    """
+    if choice is None:
+        return layer
+    number = At(layers=[int(choice) if choice == int(choice) else choice]).resolve(num_layers)[0]
+    if number > layer:
+        raise ValueError(f"layer {number} runs behind the cut at layer {layer}")
+    return number
+
+
+def read_layer(choice: LayerChoice, cut: Cut) -> int:
+    """Return the same at a cut; what cannot be read is refused."""
+    try:
+        return chosen_layer(choice, cut.layer, cut.num_layers)
+    except ValueError as error:
+        cut.ctx.fail(f"the score reads another layer: {error}", help="choose a layer up to that of the step")

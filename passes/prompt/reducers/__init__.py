@@ -1,0 +1,1 @@
+"""Pieces of prompt steps: reducers."""

@@ -1,0 +1,254 @@
+"""One planned reduction of a prompt, emitted when the walk comes to its cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from tokcc.analysis.walk import Action, Walk
+from tokcc.errors import AxisError
+from tokcc.ir.space import Factor, TokenSpace
+from tokcc.ir.value import Value
+from tokcc.passes.cache.cut import CacheCut
+from tokcc.passes.prompt.branches import find_branch
+from tokcc.passes.prompt.cut import Branch, PromptCut, Selected
+from tokcc.passes.prompt.plan import PlannedPrune, PromptPlan
+from tokcc.passes.prompt.stream import PromptStream
+
+__all__ = ["prompt_actions"]
+
+aten = torch.ops.aten
+
+
+def prompt_actions(plan: PromptPlan, *, restored: bool) -> dict[str, list[Action]]:
+    """Return what to do at which node.
+
+    Args:
+        plan: The reductions.
+        restored: Give the tokens back where the stream ends, so that the final norm and the head see all of them.
+    """
+    actions: dict[str, list[Action]] = {}
+    for prune in plan.prunes:
+        actions.setdefault(prune.cut, []).append(_Prune(prune))
+    end = plan.cuts.block_output[-1]
+    if restored and end is not None:
+        actions.setdefault(end, []).append(_GiveBack())
+    return actions
+
+
+@dataclass(frozen=True)
+class _GiveBack:
+    """Give the tokens back."""
+
+    def apply(self, walk: Walk, node: fx.Node, value: Value) -> Value:
+        """Restore every reduced axis."""
+        del node
+        if not value.reduced:
+            return value
+        with walk.builder.inserting("restore"):
+            return walk.restored(value)
+
+
+@dataclass(frozen=True)
+class _Prune:
+    """A reduction."""
+
+    planned: PlannedPrune
+
+    def apply(self, walk: Walk, node: fx.Node, value: Value) -> Value:
+        """Emit the reduction and return the shorter stream."""
+        assert isinstance(walk, PromptStream)
+        try:
+            with walk.builder.inserting(f"{self.planned.name}@{self.planned.layer}"):
+                return self._apply(walk, node, value)
+        except AxisError as error:
+            raise AxisError(
+                f"cannot drop tokens of the prompt at layer {self.planned.layer}: {error.what}",
+                policy=self.planned.where,
+                node=error.node,
+                needed=error.needed,
+                found=error.found,
+                help="choose other layers, or report the model",
+            ) from error
+
+    def _apply(self, walk: PromptStream, node: fx.Node, value: Value) -> Value:
+        b, planned = walk.builder, self.planned
+        walk.look()
+        space = walk.space
+        tokens, first = space.size, walk.first_call
+        cut = PromptCut(
+            b=b,
+            x=value.handle,
+            layer=planned.layer,
+            num_layers=len(walk.sites),
+            tokens=tokens,
+            kept=None,
+            first_call=first,
+            candidates=self._candidates(walk, value.handle),
+            real=walk.facts["real"],
+            padding_first=walk.plan.padding_first,
+            present=planned.present,
+            remaining=planned.remaining,
+            before=max((other.layer for other in walk.plan.prunes if other.layer < planned.layer), default=-1),
+            attention=lambda layer: _own(walk, layer),
+            probe=lambda rows: _probe(walk, node, value, planned, rows),
+            branch=lambda layer, kind: _branch(walk, layer, kind),
+            entry=lambda: _entry(walk),
+            input=lambda name, dtype: _input(walk, name, dtype),
+            fail=walk.ctx.fail,
+            facts=walk.facts,
+        )
+        cut.kept = self._kept(cut, walk, planned.added)
+        score = None if planned.score is None else planned.score.emit(cut)
+        chosen = self._checked(cut, planned.select.select(cut, score))
+        remaining = planned.reduce.reduce(cut, chosen)
+        child = TokenSpace(
+            name=f"prompt/{planned.layer}.{planned.site}",
+            size=remaining.size,
+            old=space.root.old,
+            parent=space,
+            index=remaining.index,
+            ascending=remaining.ascending,
+            suffix=planned.last,
+            step=planned.step,
+            restore="none",
+            base=value.handle,
+        )
+        walk.become(child, planned.removed)
+        if planned.positions == "compact":
+            walk.count_anew(self._places(walk))
+        axes = (value.axes[0], (Factor(child, space.root.old),), value.axes[2])
+        return value.having(handle=remaining.x, axes=axes)
+
+    def _candidates(self, walk: PromptStream, x: Any) -> Any:
+        """Return bool ``[B, N]``: what may go."""
+        b, planned = walk.builder, self.planned
+        slot = b.arange(walk.space.size, x)
+        age = b.call(aten.flip.default, slot, [0])
+        free = b.unsqueeze(b.compare("ge", age, planned.last), 0)
+        candidates = b.logical_and(walk.facts.get("candidate", walk.facts["real"]), free)
+        if planned.first:
+            rank = b.sub(b.call(aten.cumsum.default, b.cast(walk.facts["real"], torch.int64), 1), 1)
+            candidates = b.logical_and(candidates, b.compare("ge", rank, planned.first))
+        return candidates
+
+    def _kept(self, cut: PromptCut, walk: PromptStream, added: int) -> Any:
+        """Return K: all tokens but those that go, where any do."""
+        b, planned = cut.b, self.planned
+        if planned.removed is not None:
+            return b.sub_sizes(cut.tokens, b.mul_sizes(cut.first_call, planned.removed + added))
+        protected = planned.first + planned.last
+        current, initial = (b.sub_sizes(size, protected) for size in (cut.tokens, walk.call_size))
+        kept = b.add_sizes(planned.count.kept(b, current, initial), protected)
+        going = b.max_sizes(b.sub_sizes(cut.tokens, kept), 0)
+        return b.sub_sizes(cut.tokens, b.mul_sizes(cut.first_call, going))
+
+    def _checked(self, cut: PromptCut, chosen: Selected) -> Selected:
+        """Make the engine fail on a prompt that it is not for: text would go without a word.
+
+        Another number of candidates, or a last token that is padding. An index that is out of bounds is the only thing
+        that stops a graph.
+        """
+        b, planned = cut.b, self.planned
+        end = b.slice(cut.real, 1, b.sub_sizes(cut.tokens, 1), None)  # [B, 1]
+        fits = b.compare("eq", b.mul(b.cast(b.logical_not(end), torch.int64), cut.first_call), 0)
+        if planned.removed is not None:
+            found = b.sum(b.cast(cut.candidates, torch.int64), 1, keepdim=True)  # [B, 1]
+            if planned.present is None:
+                enough = b.compare("ge", b.sub(found, b.sub_sizes(cut.tokens, cut.kept)), 0)
+            else:
+                enough = b.compare("eq", b.mul(b.sub(found, planned.present), cut.first_call), 0)
+            fits = b.logical_and(fits, enough)
+        index = b.where(fits, chosen.index, b.add(chosen.index, cut.tokens))
+        return Selected(index, chosen.size, chosen.score)
+
+    def _places(self, walk: PromptStream) -> Any:
+        """Return the place of every token of the call among the real ones that its layers see, int64 ``[B, N]``."""
+        b = walk.builder
+        mask = b.cast(walk.handle(walk.nodes[walk.mask_name]), torch.int64)
+        before = b.sum(b.slice(mask, 1, 0, walk.split), 1, keepdim=True)
+        before = b.call(aten.clamp_min.default, b.sub(before, walk.gone), 0)
+        rank = b.sub(b.call(aten.cumsum.default, b.cast(walk.facts["real"], torch.int64), 1), 1)
+        return b.call(aten.clamp_min.default, b.add(rank, before), 0)
+
+
+def _view(walk: PromptStream, layer: int, query: Any, key: Any, value: Any) -> CacheCut:
+    """Return an attention over the call's own tokens."""
+    b, site, size = walk.builder, walk.sites[layer], walk.space.size
+    real = walk.facts["real"]
+    return CacheCut(
+        b=b,
+        layer=layer,
+        num_layers=len(walk.sites),
+        query=query,
+        key=key,
+        value=value,
+        real=real,
+        received=None,
+        past=0,
+        new=size,
+        total=size,
+        seen=size,
+        scale=site.scale,
+        softcap=site.softcap,
+        capacity=None,
+        sinks=0,
+        recent=0,
+    )
+
+
+def _own(walk: PromptStream, layer: int) -> CacheCut:
+    site = walk.sites[layer]
+    values = [walk.aligned(walk.nodes[name]) for name in (site.query, site.new_key, site.new_value)]
+    return _view(walk, layer, *(value.handle for value in values))
+
+
+def _probe(walk: PromptStream, node: fx.Node, value: Value, planned: PlannedPrune, rows: Any) -> CacheCut:
+    """Return the attention of the next layer over the tokens that are still there, some queries of it."""
+    b, layer = walk.builder, planned.layer + 1
+    if planned.site != "block_output":
+        walk.ctx.fail("the next layer reads what leaves this one", needed="`site: block_output`")
+    site, space = walk.sites[layer], walk.space
+    asked = TokenSpace(
+        name="asked",
+        size=1 if rows is None else b.size(rows, 1),
+        old=space.root.old,
+        parent=space,
+        index=rows,
+        step=planned.step,
+    )
+    if rows is None:
+        last = b.sub(b.arange(1, value.handle), b.sub_sizes(1, space.size))  # [1]: N - 1
+        asked.index = last
+        few = b.slice(value.handle, 1, b.sub_sizes(space.size, 1), None)
+    else:
+        few = b.call(torch.ops.tokcc.gather_tokens.default, value.handle, rows, 1, 0)
+    axes = (value.axes[0], (Factor(asked, space.root.old),), value.axes[2])
+    (query,) = walk.replay(node, value.having(handle=few, axes=axes), [walk.nodes[site.query]])
+    new_key = walk.nodes[site.new_key]
+    (key,) = walk.replay(node, value, [new_key])
+    if planned.positions == "keep":
+        walk.share(new_key, key)
+    return _view(walk, layer, query.handle, key.handle, key.handle)
+
+
+def _branch(walk: PromptStream, layer: int, kind: str) -> Branch:
+    nodes = find_branch(walk.program, walk.sites, walk.plan.cuts, layer, kind)
+    given, made, hidden = (walk.aligned(node).handle for node in nodes)
+    return Branch(given, made, hidden)
+
+
+def _entry(walk: PromptStream) -> Any:
+    return walk.aligned(walk.nodes[walk.plan.cuts.entry.node]).handle
+
+
+def _input(walk: PromptStream, name: str, dtype: torch.dtype) -> Any:
+    if name not in walk.facts:
+        x = walk.input(name, dtype)
+        if walk.space.reduced:
+            x = walk.builder.gather(x, 1, walk.ctx.index_between(walk.space.root, walk.space))
+        walk.facts[name] = x
+    return walk.facts[name]

@@ -1,0 +1,250 @@
+"""The stream of a decoder while its prompt is made shorter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from tokcc.analysis.cache_sites import CacheSite
+from tokcc.analysis.walk import Action, Walk
+from tokcc.ir.builder import Builder
+from tokcc.ir.program import Program
+from tokcc.ir.space import Factor, TokenSpace
+from tokcc.ir.value import Value, untagged
+from tokcc.passes.prompt.plan import PromptPlan
+from tokcc.passes.prompt.segments import belongs
+
+__all__ = ["PromptStream"]
+
+aten = torch.ops.aten
+
+
+class PromptStream(Walk):
+    """A forward walk in which every cached attention is made by somebody else.
+
+    Args:
+        program: The decoder.
+        builder: Where to emit.
+        plan: The reductions.
+        actions: What to do at which node.
+        sites: The caches by layer.
+        attention_mask: Name of the padding mask.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        builder: Builder,
+        plan: PromptPlan,
+        actions: Mapping[str, Sequence[Action]],
+        sites: Sequence[CacheSite],
+        attention_mask: str,
+    ) -> None:
+        super().__init__(program, builder, plan.cuts.entry, actions=actions)
+        self.plan, self.sites = plan, tuple(sites)
+        self.facts: dict[str, Any] = {}
+        """What is known of every token of the current stream, ``[B, N, ...]`` by name."""
+        self.gone = 0
+        """Real tokens of every prompt that have gone, where padding stays."""
+        self.mask_name = attention_mask
+        self._mask = self.nodes[attention_mask]
+        self._positions = next((node for node in program.user_inputs if "position" in node.name), None)
+        self._shared: dict[fx.Node, Value] = {}
+
+    # the graph --------------------------------------------------------------------------------------------------------
+
+    def hold(self, node: fx.Node, handle: Any) -> None:
+        """Take in a placeholder."""
+        self.ctx.node = node
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            self.env[node] = self._after(node, untagged(handle, self.old_shape(node)))
+        else:
+            self.env[node] = handle
+
+    def visit(self, node: fx.Node) -> Any:
+        """Emit a node in the form that its operands ask for, and return its handle."""
+        self.ctx.node = node
+        value = self._shared.pop(node, None)
+        if value is None:
+            value = self._call(node)
+        elif isinstance(value, Value):
+            value = self._current(value)
+        value = self._after(node, value)
+        self.env[node] = value
+        return self.handle(node)
+
+    def attended(self, site: CacheSite, handle: Any) -> None:
+        """Take in what an attention returns, ``[B, H, S, Dv]``."""
+        node = self.nodes[site.output]
+        old = self.old_shape(node)
+        assert self.batch is not None
+        space = self.space
+        axes = ((Factor(self.batch, old[0]),), (Factor(None, old[1]),), (Factor(space, space.root.old),))
+        value = Value(handle, (*axes, (Factor(None, old[3]),)), old)
+        self.ctx.node = node
+        self.env[node] = self._after(node, value)
+
+    def handle(self, node: fx.Node) -> Any:
+        """Return the handle of a node; of several results, the handles."""
+        value = self.env[node]
+        if isinstance(value, tuple):
+            return tuple(item.handle if isinstance(item, Value) else item for item in value)
+        return value.handle if isinstance(value, Value) else value
+
+    def whole(self, node: fx.Node) -> Any:
+        """Return a value of all tokens: those that are gone get what they had when they went."""
+        value = self.env[node]
+        if isinstance(value, Value) and value.reduced:
+            self.ctx.node = node
+            with self.builder.inserting("restore"):
+                value = self.restored(value)
+        return value.handle if isinstance(value, Value) else value
+
+    def aligned(self, node: fx.Node) -> Value:
+        """Return a value that was made before, for the tokens that are left."""
+        value = self.env[node]
+        assert isinstance(value, Value)
+        return self._current(value)
+
+    def _current(self, value: Value) -> Value:
+        for axis, factors in enumerate(value.axes):
+            for place, factor in enumerate(factors):
+                if factor.space is not None and not factor.space.is_batch and factor.space is not self.space:
+                    value = self.ctx.remap(value, axis, place, self.space, None)
+        return value
+
+    # the tokens -------------------------------------------------------------------------------------------------------
+
+    _space: TokenSpace | None = None
+
+    @property
+    def space(self) -> TokenSpace:
+        """The tokens of the current stream."""
+        current = self._space or self.tokens
+        assert current is not None
+        return current
+
+    def become(self, space: TokenSpace, removed: int | None) -> None:
+        """Go on with fewer tokens."""
+        b = self.builder
+        for name, fact in self.facts.items():
+            self.facts[name] = b.call(torch.ops.tokcc.gather_tokens.default, fact, space.index, 1, 0)
+        self._space = space
+        self.gone += removed or 0
+
+    @property
+    def call_size(self) -> Any:
+        """S: tokens of the whole call."""
+        assert self.tokens is not None
+        return self.tokens.size
+
+    @property
+    def split(self) -> Any:
+        """T - S: tokens of earlier calls."""
+        return self.builder.sub_sizes(self.builder.size(self.handle(self._mask), 1), self.call_size)
+
+    @property
+    def first_call(self) -> Any:
+        """A size: 1 in a call without past, else 0.
+
+        Written with the lengths of mask and call: of the cache's own length a trace believes that it is at least 2.
+        """
+        return self.builder.sub_sizes(1, self.builder.min_sizes(self.split, 1))
+
+    def look(self) -> None:
+        """Find out what is padding and what may go, before the first cut."""
+        if self.facts:
+            return
+        b, plan = self.builder, self.plan
+        mask = b.slice(self.handle(self._mask), 1, self.split, None)
+        real = self.facts["real"] = b.compare("gt", b.cast(mask, torch.int64), 0)
+        if not plan.segments:
+            return
+        ids = next((self.handle(n) for n in self.program.user_inputs if self._is_token_ids(n)), None)
+        masks: dict[str, Any] = {}
+        if ids is None:
+            for segment in plan.segments:
+                if segment.start is None:
+                    masks[segment.name] = self.input(segment.mask_input, torch.int64)
+        self.facts["candidate"] = belongs(b, plan.segments, ids, masks, real)
+
+    def _is_token_ids(self, node: fx.Node) -> bool:
+        return self.program.public_name(node) == "input_ids"
+
+    def input(self, name: str, dtype: torch.dtype) -> Any:
+        """Return an input ``[B, S]`` beside the model's own."""
+        b, mask = self.builder, self.handle(self._mask)
+        return b.input(name, [b.size(mask, 0), self.call_size], dtype, b.device(mask))
+
+    # beside the graph -------------------------------------------------------------------------------------------------
+
+    def replay(self, start: fx.Node, value: Value, targets: Sequence[fx.Node]) -> list[Value]:
+        """Emit what lies between a stream node and some nodes behind it, without any reduction at that node.
+
+        Args:
+            start: The node.
+            value: Its value.
+            targets: Nodes behind it; no attention lies between.
+
+        Returns:
+            The values of the targets.
+        """
+        between = self._missing(start, targets)
+        own = self.ctx.node
+        self.env[start] = value
+        for node in between:
+            self.ctx.node = node
+            self.env[node] = self._call(node)
+        found = [self.env[target] for target in targets]
+        for node in between:
+            del self.env[node]
+        del self.env[start]  # it is being made
+        self.ctx.node = own
+        return found
+
+    def _missing(self, start: fx.Node, targets: Sequence[fx.Node]) -> list[fx.Node]:
+        """Return what the targets need that is not there yet, in order."""
+        found: set[fx.Node] = set()
+        work = list(targets)
+        while work:
+            node = work.pop()
+            if node not in found and node not in self.env and node is not start:
+                found.add(node)
+                work += node.all_input_nodes
+        return [node for node in self.program.graph.nodes if node in found]
+
+    def share(self, node: fx.Node, value: Value) -> None:
+        """Let a node that comes later be taken from what was made for a score already."""
+        self._shared[node] = value
+
+    def count_anew(self, place: Any) -> None:
+        """Give the tokens of the current stream other positions, int64 ``[B, N]``, from here on."""
+        assert self._positions is not None
+        assert self.batch is not None
+        node, space = self._positions, self.space
+        old = self.old_shape(node)
+        axes = ((Factor(self.batch, old[0]),), (Factor(space, space.root.old),))
+        dtype = node.meta["val"].dtype
+        self.env[node] = Value(self.builder.cast(place, dtype), axes, old, side=True)
+        own = self.ctx.node
+        for table in self._tables(node):
+            self.ctx.node = table
+            self.env[table] = self._call(table)
+        self.ctx.node = own
+
+    def _tables(self, positions: fx.Node) -> list[fx.Node]:
+        """Return what was made from the positions alone so far: cosines and sines."""
+        hidden = {node for node in self.program.user_inputs if node is not positions}
+        behind = {positions}
+        found = []
+        for node in self.program.graph.nodes:
+            if any(operand in hidden for operand in node.all_input_nodes):
+                hidden.add(node)
+            elif any(operand in behind for operand in node.all_input_nodes):
+                behind.add(node)
+                if node in self.env:
+                    found.append(node)
+        return found

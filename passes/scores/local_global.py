@@ -1,0 +1,61 @@
+"""A trained predictor that sees a token and the mean of all tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from tokcc.passes.cut import Cut
+from tokcc.passes.piece import Score
+from tokcc.passes.trained import TensorSpec, Trained, activated, linear_specs
+
+__all__ = ["LocalGlobal"]
+
+aten = torch.ops.aten
+
+
+class LocalGlobal(Trained, Score):
+    """DynamicViT's prediction module (arXiv:2106.02034, section 3.2), one for each chosen layer.
+
+    ``z = GELU(W LN(x))`` over the candidates; its first half is the token's own, the mean over tokens of its second
+    half is what all share; three linear layers with GELU between them give two logits, keep and drop.
+
+    Tensors of the i-th chosen layer, from 0: ``stages.<i>.norm.weight`` and ``.bias``, ``stages.<i>.embed.weight``
+    ``[hidden, C]`` and ``.bias``, ``stages.<i>.layers.<0..2>.weight`` and ``.bias``, the last ``[2, ...]``.
+    """
+
+    kind: ClassVar[str] = "local_global"
+
+    def tensors(self, sizes: Mapping[str, int]) -> Sequence[TensorSpec]:
+        """See :class:`LocalGlobal`."""
+        found: list[TensorSpec] = []
+        for stage in (f"stages.{i}" for i in range(sizes["stages"])):
+            found += [
+                TensorSpec(f"{stage}.norm.weight", ("C",)),
+                TensorSpec(f"{stage}.norm.bias", ("C",), optional=True),
+            ]
+            found += linear_specs(f"{stage}.embed", "embedded", "C")
+            widths: list[int | str] = ["embedded", "half", "quarter", 2]
+            found += [spec for i in range(3) for spec in linear_specs(f"{stage}.layers.{i}", widths[i + 1], widths[i])]
+        return found
+
+    def emit(self, cut: Cut) -> Any:
+        """Return ``[B, N]``: the logit of keeping minus that of dropping; the log softmax orders tokens in this way."""
+        b = cut.b
+        stage = f"stages.{cut.stage}"
+        x = self.normed(b, b.cast(cut.x, torch.float32), f"{stage}.norm", "layer", 1e-5)
+        z = activated(b, self.linear(b, x, f"{stage}.embed"), "gelu")  # [B, N, E]
+        half = self.weight(f"{stage}.embed.weight").shape[0] // 2
+        own, shared = b.slice(z, 2, 0, half), cut.inner(b.slice(z, 2, half, None))
+        if cut.valid is None:
+            mean = b.mean(shared, 1, keepdim=True)
+        else:
+            real = b.unsqueeze(b.cast(cut.inner(cut.valid), torch.float32), 2)
+            mean = b.div(b.sum(b.mul(shared, real), 1, keepdim=True), b.clamp_min(b.sum(real, 1, keepdim=True), 1.0))
+        y = b.cat([own, b.expand(mean, [cut.batch.size, cut.tokens, -1])], 2)
+        for i in range(3):
+            y = self.linear(b, activated(b, y, "gelu") if i else y, f"{stage}.layers.{i}")
+        keep, drop = (b.call(aten.select.int, y, 2, i) for i in (0, 1))
+        return b.sub(keep, drop)
