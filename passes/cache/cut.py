@@ -204,15 +204,19 @@ class CacheCut:
         """
         return self.attend(query, rows, self.b.unsqueeze(self.real, 1), None)
 
-    def attended(self, allowed: Any) -> Any:
+    def attended(self, allowed: Any, own: Any = None) -> Any:
         """Return the values that the call's queries attend to, ``[B, H, S, Dv]``, written out.
 
         Args:
             allowed: bool ``[B, S, L]``: what each sees, its own slot excepted, which it always sees.
+            own: int64 ``[B, Q]``: the slots of the queries, where they are not the last S.
         """
-        b = self.b
-        own = b.unsqueeze(run_from(b, self.slots(), 0, self.past, self.new), 1)  # [S, 1]
-        probs = self.attend(self.query, self.new, b.logical_or(allowed, b.compare("eq", self.slots(), own)), None)
+        b, rows = self.b, self.new
+        if own is None:
+            own = b.unsqueeze(run_from(b, self.slots(), 0, self.past, self.new), 1)  # [S, 1]
+        else:
+            own, rows = b.unsqueeze(own, 2), b.size(own, 1)  # [B, Q, 1]
+        probs = self.attend(self.query, rows, b.logical_or(allowed, b.compare("eq", self.slots(), own)), None)
         made = b.matmul(b.cast(probs, b.dtype(self.value)), b.unsqueeze(self.value, 2))  # [B, Hkv, G, S, Dv]
         return b.call(aten.flatten.using_ints, made, 1, 2)
 

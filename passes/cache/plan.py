@@ -124,6 +124,7 @@ class HeadGroup:
         stage: How often the prompt got shorter in front of the layer.
         rating: Rates the tokens of a call, for storages that hold some better than others.
         rotations: How the layer turns queries and keys, where keys are held as they are before it does.
+        refilled: Old entries stand for the tokens of a call that did not come to the layer.
     """
 
     layer: int
@@ -136,6 +137,12 @@ class HeadGroup:
     stage: int = 0
     rating: TokenRating | None = None
     rotations: tuple[Rotation, Rotation] | None = None
+    refilled: bool = False
+
+    @property
+    def written_out(self) -> bool:
+        """Whether the attention is written out: what a query sees is no run of slots up to its own."""
+        return self.storage.placed or self.refilled
 
     @property
     def length(self) -> tuple[Any, ...]:
@@ -246,7 +253,9 @@ class CachePlan:
             rating, rotations = (None, None) if planned is None else (planned.rating, planned.rotations)
             if eviction is not None:
                 rotations = eviction.rotations
-            yield HeadGroup(layer, number, heads, eviction, storage, self.windows[layer], own, stage, rating, rotations)
+            refilled = self.prompt is not None and self.prompt.refills(layer)
+            window = self.windows[layer]
+            yield HeadGroup(layer, number, heads, eviction, storage, window, own, stage, rating, rotations, refilled)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the applied policy in the long form, with the layers and heads that were chosen: replayable."""

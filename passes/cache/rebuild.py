@@ -260,6 +260,10 @@ class _Rebuild:
         if basis is not None:
             query, new_key = (self._times(x, basis[0]) for x in (query, new_key))
             new_value = self._times(new_value, basis[1])
+        refill = self.prompt.refill if self.prompt is not None and group.refilled else None
+        if refill is not None:
+            with b.inserting(f"refill@{site.layer}"):
+                new_key, new_value = refill.filled(b, site.layer, new_key, new_value, self.env)
         before = [held.key, held.value]
         front = None if held.front is None else front_row(b, held.front)
         if front is not None:
@@ -287,7 +291,7 @@ class _Rebuild:
             key = rotations[1].replay(b.call, key, place, self.env)
         weight, bias = slot_weights(b, held, front, query)
         out = received = None
-        if arranged is None:
+        if arranged is None and refill is None:
             op = torch.ops.tokcc.cached_attention.default
             extra = () if bias is None else (bias,)
             both = b.call(op, query, key, value, real, group.window, site.scale, site.softcap, *extra)
@@ -326,6 +330,10 @@ class _Rebuild:
         if arranged is not None:
             with b.inserting(f"{ATTEND}@{site.layer}"):
                 out = cut.attended(arranged.allowed)
+        if refill is not None:
+            with b.inserting(f"{ATTEND}@{site.layer}"):
+                own = refill.slots(b, past)
+                out = cut.attended(refill.allowed(b, cut.slots(), own, real), own)
         left = Left(stored_key, value, held.states, new_key, new_value, real, past, new, cut=cut, arranged=arranged)
         if group.rating is not None:
             with b.inserting(f"rate@{site.layer}"):

@@ -95,6 +95,9 @@ class PromptCut:
         fail: Raises an error about this cut: ``fail(what, needed=..., help=...)``.
         input: Returns an input that the engine has beside the model's own, for the current tokens:
             ``input(name, dtype)`` gives ``[B, N]``.
+        quota: How many candidates each row may keep, int64 ``[B, 1]``, where rows differ; None = they do not.
+        old: Returns old entries of a layer's cache, those of the call's first R tokens: ``old(layer, "key")`` or
+            ``"value"`` gives ``[B, Hkv, R, D]``. None where none are given.
     """
 
     b: Builder
@@ -117,6 +120,8 @@ class PromptCut:
     input: Callable[[str, torch.dtype], Any]
     fail: Callable[..., NoReturn]
     facts: dict[str, Any] = field(default_factory=dict)
+    quota: Any = None
+    old: Callable[[int, str], Any] | None = None
 
     def slots(self) -> Any:
         """Return int64 ``[N]``."""

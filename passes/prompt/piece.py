@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any, ClassVar
 
 from tokcc.passes.piece import Piece
@@ -15,9 +16,11 @@ class PromptScore(Piece):
 
     Attributes:
         text_rows: Reads the rows of the text, whose number must be known when compiling.
+        reads_old: Parts of the layer's cache of which it reads old entries, see :attr:`PromptCut.old`.
     """
 
     text_rows: ClassVar[bool] = False
+    reads_old: ClassVar[tuple[str, ...]] = ()
 
     @property
     def counts_text(self) -> bool:
@@ -45,7 +48,18 @@ class PromptSelector(Piece):
 
 
 class PromptReducer(Piece):
-    """Makes the shorter stream."""
+    """Makes the shorter stream.
+
+    Attributes:
+        refills: Tokens that go are not gone: the caches of the layers behind the cut take old entries for them.
+    """
+
+    refills: ClassVar[bool] = False
+
+    @property
+    def ratio(self) -> Fraction:
+        """With `refills`, the share of tokens with old entries that is computed anew."""
+        return Fraction(1)
 
     def added(self, pruned: int) -> int:
         """Return how many tokens are put in the place of those that go."""

@@ -12,6 +12,7 @@ from tokcc.analysis.decoder_cuts import DecoderCuts
 from tokcc.passes.budget import Count
 from tokcc.passes.inputs import EngineInput
 from tokcc.passes.prompt.piece import PromptReducer, PromptScore, PromptSelector
+from tokcc.passes.prompt.refill_plan import RefillPlan
 from tokcc.passes.prompt.segments import Segment
 
 __all__ = ["PlannedPrune", "PromptPlan"]
@@ -74,16 +75,22 @@ class PromptPlan:
         segments: What the candidates belong to; none = the whole prompt.
         cuts: The stream of the decoder.
         inputs: What engines take beside the model's own inputs.
+        refill: Where old entries stand for the tokens that go, or None.
     """
 
     prunes: tuple[PlannedPrune, ...]
     segments: tuple[Segment, ...]
     cuts: DecoderCuts
     inputs: tuple[EngineInput, ...] = ()
+    refill: RefillPlan | None = None
 
     def stage(self, layer: int) -> int:
         """Return how many cuts lie in front of a layer's attention: layers of one stage see the same tokens."""
-        return sum(prune.layer < layer for prune in self.prunes)
+        return sum(prune.layer < layer for prune in self.prunes if not prune.reduce.refills)
+
+    def refills(self, layer: int) -> bool:
+        """Whether old entries stand for tokens that do not come to a layer."""
+        return any(prune.layer < layer for prune in self.prunes if prune.reduce.refills)
 
     def gone(self, layer: int) -> int:
         """Return how many real tokens of every prompt never come to a layer, where padding stays."""

@@ -21,6 +21,7 @@ from tokcc.passes.inputs import EngineInput, declared_inputs
 from tokcc.passes.piece import resolve_piece
 from tokcc.passes.prompt.piece import PromptReducer, PromptScore, PromptSelector
 from tokcc.passes.prompt.plan import PlannedPrune, PromptPlan
+from tokcc.passes.prompt.refill_planning import plan_refill
 from tokcc.passes.prompt.segments import TEXT, Segment, declared_segments
 
 __all__ = ["make_prompt_plan"]
@@ -66,7 +67,9 @@ def make_prompt_plan(
     _refuse(policy, program, sites, windows, counted)
     inputs = _inputs(program, segments)
     pieces = [piece for prune in counted for piece in (prune.score, prune.select, prune.reduce)]
-    return PromptPlan(tuple(counted), segments, cuts, (*inputs, *declared_inputs(pieces)))
+    refill = plan_refill(policy, program, sites, counted)
+    old = () if refill is None else refill.inputs
+    return PromptPlan(tuple(counted), segments, cuts, (*inputs, *declared_inputs(pieces), *old), refill)
 
 
 def _inputs(program: Program, segments: Sequence[Segment]) -> tuple[EngineInput, ...]:
@@ -219,6 +222,9 @@ def _counted(policy: LoadedPolicy, prunes: Sequence[PlannedPrune], segments: Seq
     present, result = initial, []
     for prune in prunes:
         count = prune.count
+        if prune.reduce.refills:
+            result.append(prune)
+            continue
         if count.nothing:
             continue
         if not segments:

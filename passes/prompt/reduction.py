@@ -16,6 +16,8 @@ from tokcc.passes.cache.cut import CacheCut
 from tokcc.passes.prompt.branches import find_branch
 from tokcc.passes.prompt.cut import Branch, PromptCut, Selected
 from tokcc.passes.prompt.plan import PlannedPrune, PromptPlan
+from tokcc.passes.prompt.refill import Refill
+from tokcc.passes.prompt.refill_plan import RefillPlan
 from tokcc.passes.prompt.stream import PromptStream
 
 __all__ = ["prompt_actions"]
@@ -32,7 +34,7 @@ def prompt_actions(plan: PromptPlan, *, restored: bool) -> dict[str, list[Action
     """
     actions: dict[str, list[Action]] = {}
     for prune in plan.prunes:
-        actions.setdefault(prune.cut, []).append(_Prune(prune))
+        actions.setdefault(prune.cut, []).append(_Recompute(prune) if prune.reduce.refills else _Prune(prune))
     end = plan.cuts.block_output[-1]
     if restored and end is not None:
         actions.setdefault(end, []).append(_GiveBack())
@@ -102,6 +104,7 @@ class _Prune:
             facts=walk.facts,
         )
         cut.kept = self._kept(cut, walk, planned.added)
+        self._prepare(cut, walk)
         score = None if planned.score is None else planned.score.emit(cut)
         chosen = self._checked(cut, planned.select.select(cut, score))
         remaining = planned.reduce.reduce(cut, chosen)
@@ -118,6 +121,7 @@ class _Prune:
             base=value.handle,
         )
         walk.become(child, planned.removed)
+        self._follow(walk, remaining.index)
         if planned.positions == "compact":
             walk.count_anew(self._places(walk))
         axes = (value.axes[0], (Factor(child, space.root.old),), value.axes[2])
@@ -165,6 +169,12 @@ class _Prune:
         index = b.where(fits, chosen.index, b.add(chosen.index, cut.tokens))
         return Selected(index, chosen.size, chosen.score)
 
+    def _prepare(self, cut: PromptCut, walk: PromptStream) -> None:
+        """Add what pieces of such a reduction want besides."""
+
+    def _follow(self, walk: PromptStream, index: Any) -> None:
+        """Tell the layers behind the cut which tokens are left."""
+
     def _places(self, walk: PromptStream) -> Any:
         """Return the place of every token of the call among the real ones that its layers see, int64 ``[B, N]``."""
         b = walk.builder
@@ -173,6 +183,47 @@ class _Prune:
         before = b.call(aten.clamp_min.default, b.sub(before, walk.gone), 0)
         rank = b.sub(b.call(aten.cumsum.default, b.cast(walk.facts["real"], torch.int64), 1), 1)
         return b.call(aten.clamp_min.default, b.add(rank, before), 0)
+
+
+class _Recompute(_Prune):
+    """A reduction to the tokens that are computed anew; old entries stand for the others in the caches."""
+
+    def _candidates(self, walk: PromptStream, x: Any) -> Any:
+        """Return bool ``[B, N]``: the first R tokens, those with old entries, padding included."""
+        b = walk.builder
+        refill = walk.refill = Refill.of(b, self._plan(walk), walk.handle(walk.nodes[walk.mask_name]))
+        place = b.sub(b.arange(walk.space.size, x), refill.rows)
+        return b.logical_and(b.unsqueeze(b.compare("lt", place, 0), 0), b.compare("ge", walk.facts["real"], 0))
+
+    def _kept(self, cut: PromptCut, walk: PromptStream, added: int) -> Any:
+        """Return K: all tokens without old entries, and a share of the others."""
+        del added
+        assert walk.refill is not None
+        return walk.refill.computed(cut.b, self.planned.reduce.ratio, cut.tokens)
+
+    def _prepare(self, cut: PromptCut, walk: PromptStream) -> None:
+        """Say how many each row may keep, and where old entries are."""
+        assert walk.refill is not None
+        refill, b = walk.refill, cut.b
+        cut.old = lambda layer, part: refill.old(b, layer, part)
+        cut.quota = refill.quota(b, self.planned.reduce.ratio, b.logical_and(cut.candidates, cut.real))
+
+    def _checked(self, cut: PromptCut, chosen: Selected) -> Selected:
+        """Make the engine fail also where no token is left without old entries: the last one would have no row."""
+        chosen, b = super()._checked(cut, chosen), cut.b
+        assert cut.old is not None
+        rest = b.sub_sizes(cut.tokens, b.size(cut.old(cut.layer, "value"), 2))
+        wrong = b.sub_sizes(1, b.min_sizes(rest, 1))
+        return Selected(b.add(chosen.index, b.mul_sizes(cut.tokens, wrong)), chosen.size, chosen.score)
+
+    def _follow(self, walk: PromptStream, index: Any) -> None:
+        """Let the layers behind the cut fill up their entries."""
+        assert walk.refill is not None
+        walk.refill = walk.refill.behind(walk.builder, index, walk.call_size)
+
+    def _plan(self, walk: PromptStream) -> RefillPlan:
+        assert walk.plan.refill is not None
+        return walk.plan.refill
 
 
 def _view(walk: PromptStream, layer: int, query: Any, key: Any, value: Any) -> CacheCut:

@@ -15,6 +15,7 @@ from tokcc.ir.program import Program
 from tokcc.ir.space import Factor, TokenSpace
 from tokcc.ir.value import Value, untagged
 from tokcc.passes.prompt.plan import PromptPlan
+from tokcc.passes.prompt.refill import Refill
 from tokcc.passes.prompt.segments import belongs
 
 __all__ = ["PromptStream"]
@@ -49,6 +50,8 @@ class PromptStream(Walk):
         """What is known of every token of the current stream, ``[B, N, ...]`` by name."""
         self.gone = 0
         """Real tokens of every prompt that have gone, where padding stays."""
+        self.refill: Refill | None = None
+        """What the caches of the layers behind a cut are filled up with."""
         self.mask_name = attention_mask
         self._mask = self.nodes[attention_mask]
         self._positions = next((node for node in program.user_inputs if "position" in node.name), None)

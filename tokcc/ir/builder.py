@@ -124,6 +124,10 @@ class Builder(ABC):
             return min(first, second)
         return self.call(torch.sym_min, first, second)
 
+    def own_size(self, size: Any) -> Any:
+        """Return a size that shape checks know nothing of: of a difference of inputs, examples may be negative."""
+        return size
+
     def max_sizes(self, first: Any, second: Any) -> Any:
         """Return the larger size."""
         if isinstance(first, int) and isinstance(second, int):
@@ -492,6 +496,16 @@ class GraphBuilder(Builder):
             if isinstance(size, torch.SymInt):
                 self.size_names[size.node.expr] = name
         return self._named[name]
+
+    def own_size(self, size: Any) -> Any:
+        """Return the size with a symbol of its own, whose example is a possible length; see the base class."""
+        known = size.meta["val"] if isinstance(size, fx.Node) else size
+        if not isinstance(known, torch.SymInt):
+            return size
+        made = self.free_size(1009 + 97 * len(self.definitions))
+        self.definitions[made.node.expr] = known.node.expr
+        size.meta["val"] = made
+        return size
 
     def free_size(self, hint: int) -> Any:
         """Return a new symbolic size for an axis of an input."""

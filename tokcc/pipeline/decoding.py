@@ -232,6 +232,9 @@ def prompt_flops(reduced: Reduced, length: int) -> tuple[int, int]:
     for program, added in ((reduced.original, ()), (reduced.program, reduced.declared_inputs)):
         feeds: dict[str, Any] = {name: value.numpy() for name, value in empty_past(program, 1).items()}
         feeds |= {spec.name: nothing_for(spec, 1, length) for spec in added}
+        prompt = reduced.caches.prompt if added and reduced.caches is not None else None
+        if prompt is not None and prompt.refill is not None:
+            feeds |= {name: value.numpy() for name, value in prompt.refill.random(length, 0).items()}
         for node in program.user_inputs:
             name = program.public_name(node)
             if name not in feeds:
@@ -279,7 +282,7 @@ def _attention_flops(program: Program, shapes: Mapping[str, Sequence[int]], plan
     for site in plan.sites:
         label = f"{ATTEND}@{site.layer}"
         own = [node_flops(node, bindings) for node in program.graph.nodes if node.meta.get("tokcc") == label]
-        own += [next(each) for group in plan.groups(site.layer) if not group.storage.placed]
+        own += [next(each) for group in plan.groups(site.layer) if not group.written_out]
         found.append(sum(own))
     return found
 

@@ -14,6 +14,7 @@ from tokcc.backends.generation import DecoderEngine
 from tokcc.capture.loaded import Loaded
 from tokcc.errors import UsageError
 from tokcc.passes.prompt.plan import PromptPlan
+from tokcc.passes.prompt.refill_plan import OLD_PLACES
 from tokcc.pipeline.decoding import cache_facts, prompt_flops
 from tokcc.pipeline.measuring import Measurement, latency_of
 from tokcc.pipeline.needles import usual_tokens
@@ -80,6 +81,8 @@ def measure_prompt(
     flops = prompt_flops(reduced, length)
     totals = Totals.of(*flops, latency=latency, shapes={name: tuple(x.shape) for name, x in feeds.items()})
     own = f", {prompt.needed} of them of the segments" if prompt.needed else ""
+    if prompt.refill is not None:
+        own = f", old entries are given for {feeds[OLD_PLACES].shape[1]} of them"
     notes = (*report.notes, f"latency and total FLOPs: the first call, a prompt of {length} tokens{own}")
     return replace(how, report=report.model_copy(update={"latency": latency, "totals": totals, "notes": notes}))
 
@@ -93,7 +96,8 @@ def _prompt(prompt: PromptPlan, engine: DecoderEngine, length: int, seed: int) -
     feeds |= prompt.dressed(seen)
     feeds["position_ids"] = torch.arange(length)[None]
     arrays = {name: value.numpy() for name, value in feeds.items()}
-    return {**engine.nothing(1, length), **arrays}
+    old = {} if prompt.refill is None else prompt.refill.random(length, seed)
+    return {**engine.nothing(1, length), **arrays, **{name: value.numpy() for name, value in old.items()}}
 
 
 def _read(engine: DecoderEngine, feeds: Mapping[str, Array], given: Mapping[str, Array]) -> object:

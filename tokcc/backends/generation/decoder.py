@@ -15,7 +15,7 @@ from tokcc.backends.generation.added import AddedInput, added_inputs
 from tokcc.backends.ort import Session
 from tokcc.errors import LoweringError, UsageError
 
-__all__ = ["TOKEN_BYTES", "DecoderEngine", "Past"]
+__all__ = ["TOKEN_BYTES", "Array", "DecoderEngine", "Past"]
 
 TOKEN_BYTES = "tokcc.token_bytes"
 """Key of an engine's metadata: bytes of the keys and values of one token in all layers, as the model makes them."""
