@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -146,14 +145,3 @@ class Blocks(Trained):
         cos, sin = b.call(aten.cos.default, angle), b.call(aten.sin.default, angle)
         one, two = b.slice(x, 3, 0, half), b.slice(x, 3, half)
         return b.cat([b.sub(b.mul(one, cos), b.mul(two, sin)), b.add(b.mul(two, cos), b.mul(one, sin))], 3)
-
-    def mlp_specs(self, name: str, widths: Sequence[int | str]) -> list[TensorSpec]:
-        """Return the tensors of a plain MLP ``<name>.layers.<i>``."""
-        pairs = zip(widths[1:], widths, strict=False)
-        return [spec for i, (out, into) in enumerate(pairs) for spec in linear_specs(f"{name}.layers.{i}", out, into)]
-
-    def mlp(self, b: Builder, x: Any, name: str, depth: int, activation: Any) -> Any:
-        """Apply a plain MLP."""
-        for i in range(depth):
-            x = self.linear(b, activated(b, x, activation) if i else x, f"{name}.layers.{i}")
-        return x

@@ -13,7 +13,9 @@ import torch
 from tokcc.passes.cut import Cut, Kept
 from tokcc.passes.ordering import HIGHEST, around, keep_counted, topk
 
-__all__ = ["best_flags", "crop_sizes", "keep_flagged", "within_quotas"]
+__all__ = ["best_flags", "crop_sizes", "keep_flagged", "proportional", "within_quotas"]
+
+aten = torch.ops.aten
 
 
 def crop_sizes(cut: Cut) -> tuple[int, int, int]:
@@ -29,6 +31,13 @@ def crop_sizes(cut: Cut) -> tuple[int, int, int]:
         )
     kept = cut.count.kept(cut.b, crops * size, crops * size)
     return crops, size, int(kept)
+
+
+def proportional(cut: Cut, counts: Any, total: int) -> Any:
+    """Split a number in proportion to counts, rounded down: int64 ``[G]``."""
+    b = cut.b
+    every = b.call(aten.clamp_min.default, b.sum(counts, 0), 1)
+    return b.call(aten.div.Tensor_mode, b.mul(counts, total), every, rounding_mode="floor")
 
 
 def best_flags(cut: Cut, rating: Any, count: int) -> Any:

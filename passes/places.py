@@ -49,8 +49,7 @@ def points_of_depth(b: Builder, depth: Any, intrinsics: Any, pose: Any, rows: in
         return b.reshape(b.sum(b.sum(cells, 4), 2), [size, rows * columns])
 
     def entry(row: int, column: int) -> Any:
-        cell = b.slice(b.slice(intrinsics, 1, row, row + 1), 2, column, column + 1)
-        return cell  # [B, 1, 1]
+        return b.slice(b.slice(intrinsics, 1, row, row + 1), 2, column, column + 1)  # [B, 1, 1]
 
     known = b.compare("gt", depth, 0.0)
     z = b.where(known, depth, 0.0)

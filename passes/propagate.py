@@ -23,24 +23,12 @@ from tokcc.ir.builder import Builder, GraphBuilder
 from tokcc.ir.edit import fake_mode_of, remove_dead
 from tokcc.ir.program import PassResult, Program
 from tokcc.ir.value import Value
+from tokcc.passes.give_back import GiveBack
 from tokcc.passes.inputs import refuse_taken_names
 from tokcc.passes.outputs import OutputPlan, contract_outputs, plan_outputs
 from tokcc.passes.plan import Plan
 
 __all__ = ["Propagate", "finish", "reduce_walk", "refuse_fixed_sizes"]
-
-
-@dataclass(frozen=True)
-class _RestoreStream:
-    """Give the tokens back on the residual stream, so that the final norm and heads see all of them."""
-
-    def apply(self, walk: Walk, node: fx.Node, value: Value) -> Value:
-        """Restore every reduced axis."""
-        del node
-        if not value.reduced:
-            return value
-        with walk.builder.inserting("restore"):
-            return walk.restored(value)
 
 
 def reduce_walk(
@@ -57,7 +45,7 @@ def reduce_walk(
         actions.setdefault(reduction.cut, []).append(reduction)
     outputs = plan_outputs(program, plan)
     if outputs.restore_at is not None:
-        actions.setdefault(outputs.restore_at, []).append(_RestoreStream())
+        actions.setdefault(outputs.restore_at, []).append(GiveBack())
     walk = Walk(program, builder, plan.sites.entry, actions=actions, inputs=inputs)
     made = len(plan.made)
     try:

@@ -82,14 +82,7 @@ class PlannedReduction:
     def refused(self, error: AxisError) -> AxisError:
         """Return an error of the graph as one about this reduction."""
         place = f"at layer {self.layer}" if self.sites.layers else "behind the projector"
-        return AxisError(
-            f"cannot {self.node} tokens {place}: {error.what}",
-            policy=self.where,
-            node=error.node,
-            needed=error.needed,
-            found=error.found,
-            help=error.help,
-        )
+        return error.about(f"cannot {self.node} tokens {place}", policy=self.where)
 
     def _apply(self, walk: Walk, node: fx.Node, value: Value) -> Value:
         b = walk.builder

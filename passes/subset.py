@@ -8,9 +8,9 @@ import torch
 
 from tokcc.ir.builder import Builder
 from tokcc.passes.cut import Cut, Kept
-from tokcc.passes.ordering import LOWEST, around, keep_indices, masked
+from tokcc.passes.ordering import HIGHEST, LOWEST, around, keep_indices, masked
 
-__all__ = ["candidates_valid", "kept_set", "last_resort", "min_max", "refuse_padded_share"]
+__all__ = ["candidates_valid", "extremes", "kept_set", "last_resort", "min_max", "refuse_padded_share"]
 
 aten = torch.ops.aten
 
@@ -50,6 +50,12 @@ def kept_set(cut: Cut, index: Any, kept: Any) -> Kept:
     return keep_indices(cut, masked(cut, around(cut, b.scatter(zeros, 1, index, picked))), kept)
 
 
+def extremes(b: Builder, score: Any, valid: Any) -> tuple[Any, Any]:
+    """Return the lowest and the highest score of each sample, ``[B, 1]``; padding is neither."""
+    low = b.amin(score if valid is None else b.where(valid, score, HIGHEST), 1, keepdim=True)
+    return low, b.amax(score if valid is None else b.where(valid, score, LOWEST), 1, keepdim=True)
+
+
 def min_max(
     b: Builder,
     score: Any,
@@ -60,8 +66,7 @@ def min_max(
     over: Literal["sample", "batch"] = "sample",
 ) -> Any:
     """Scale ``[B, M]`` to ``(s - min + floor) / (max - min + guard)``; padding takes no part in either extreme."""
-    low = b.amin(score if valid is None else b.where(valid, score, -LOWEST), 1, keepdim=True)
-    high = b.amax(score if valid is None else b.where(valid, score, LOWEST), 1, keepdim=True)
+    low, high = extremes(b, score, valid)
     if over == "batch":
         low, high = b.amin(low, 0, keepdim=True), b.amax(high, 0, keepdim=True)
     above = b.sub(score, low)

@@ -22,9 +22,20 @@ from tokcc.errors import PolicyError
 from tokcc.ir.builder import Builder
 from tokcc.passes.piece import Piece
 
-__all__ = ["TensorSpec", "Trained", "activated", "linear_specs", "weight_file", "with_weights"]
+__all__ = [
+    "Activation",
+    "TensorSpec",
+    "Trained",
+    "activated",
+    "linear_specs",
+    "mlp_specs",
+    "second_minus_first",
+    "weight_file",
+    "with_weights",
+]
 
 aten = torch.ops.aten
+Activation = Literal["gelu", "silu", "relu", "tanh"]
 Kind = Literal["float", "int"]
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _INTS = ("I64", "I32", "I16", "I8", "U8")
@@ -102,6 +113,12 @@ class Trained(Piece):
         bias = self.tensor(b, f"{name}.bias") if self.has(f"{name}.bias") else None
         return b.call(aten.linear.default, x, self.tensor(b, f"{name}.weight"), bias)
 
+    def mlp(self, b: Builder, x: Any, name: str, depth: int, activation: Activation) -> Any:
+        """Apply linear layers ``<name>.<i>`` with an activation between them."""
+        for i in range(depth):
+            x = self.linear(b, activated(b, x, activation) if i else x, f"{name}.{i}")
+        return x
+
     def normed(self, b: Builder, x: Any, name: str, kind: Literal["layer", "rms"], eps: float = 1e-6) -> Any:
         """Normalise the last axis with ``<name>.weight`` and, where there is one, ``<name>.bias``."""
         scale = self.tensor(b, f"{name}.weight")
@@ -113,9 +130,15 @@ class Trained(Piece):
         return y if bias is None else b.add(y, bias)
 
 
-def activated(b: Builder, x: Any, name: Literal["gelu", "silu", "relu", "tanh"]) -> Any:
+def activated(b: Builder, x: Any, name: Activation) -> Any:
     """Apply an activation."""
     return b.call(getattr(aten, name).default, x)
+
+
+def second_minus_first(b: Builder, logits: Any) -> Any:
+    """Return the second of two logits ``[B, N, 2]`` minus the first: a softmax orders tokens in this way."""
+    first, second = (b.call(aten.select.int, logits, 2, i) for i in (0, 1))
+    return b.sub(second, first)
 
 
 def linear_specs(name: str, outputs: int | str, inputs: int | str) -> tuple[TensorSpec, TensorSpec]:
@@ -124,6 +147,12 @@ def linear_specs(name: str, outputs: int | str, inputs: int | str) -> tuple[Tens
         TensorSpec(f"{name}.weight", (outputs, inputs)),
         TensorSpec(f"{name}.bias", (outputs,), optional=True),
     )
+
+
+def mlp_specs(name: str, widths: Sequence[int | str]) -> list[TensorSpec]:
+    """Return the tensors of linear layers ``<name>.<i>`` from one width to the next."""
+    pairs = zip(widths[1:], widths, strict=False)
+    return [spec for i, (out, into) in enumerate(pairs) for spec in linear_specs(f"{name}.{i}", out, into)]
 
 
 T = TypeVar("T", bound=Piece)

@@ -6,7 +6,7 @@ what was needed, what was found, and what to do about it. Each class carries the
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 __all__ = [
     "AxisError",
@@ -57,6 +57,17 @@ class TokccError(Exception):
         self.found = found
         self.help = help
         super().__init__(self.render())
+
+    def about(self, what: str, *, policy: str, help: str | None = None) -> Self:
+        """Return the same error as one of a policy's step: what it means there, and what helps."""
+        return type(self)(
+            f"{what}: {self.what}",
+            policy=policy,
+            node=self.node,
+            needed=self.needed,
+            found=self.found,
+            help=help or self.help,
+        )
 
     def details(self) -> dict[str, str]:
         """Return the labelled lines that are set, in the order they are shown."""

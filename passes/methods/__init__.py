@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 
 from tokcc.config import Preset, load_preset
 
 __all__ = ["library", "load_presets"]
+
+
+class _Presets(Mapping[str, Preset]):
+    """The presets of a folder by name, sorted; each is read when it is asked for, since a compile needs one of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._paths = {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
+        self._read: dict[str, Preset] = {}
+
+    def __getitem__(self, name: str) -> Preset:
+        if name not in self._read:
+            self._read[name] = load_preset(self._paths[name])
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._paths
 
 
 def load_presets(folder: Path) -> dict[str, Preset]:
@@ -21,11 +42,10 @@ def load_presets(folder: Path) -> dict[str, Preset]:
     Raises:
         PolicyError: A file is not a valid preset.
     """
-    presets = (load_preset(path) for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem))
-    return {preset.name: preset for preset in presets}
+    return dict(_Presets(folder))
 
 
 @cache
 def library() -> Mapping[str, Preset]:
     """Return the presets that come with tokcc."""
-    return MappingProxyType(load_presets(Path(__file__).parent))
+    return _Presets(Path(__file__).parent)

@@ -13,6 +13,7 @@ from tokcc.errors import AxisError
 from tokcc.ir.space import Factor, TokenSpace
 from tokcc.ir.value import Value
 from tokcc.passes.cache.cut import CacheCut
+from tokcc.passes.give_back import GiveBack
 from tokcc.passes.prompt.branches import find_branch
 from tokcc.passes.prompt.cut import Branch, PromptCut, Selected
 from tokcc.passes.prompt.plan import PlannedPrune, PromptPlan
@@ -37,21 +38,8 @@ def prompt_actions(plan: PromptPlan, *, restored: bool) -> dict[str, list[Action
         actions.setdefault(prune.cut, []).append(_Recompute(prune) if prune.reduce.refills else _Prune(prune))
     end = plan.cuts.block_output[-1]
     if restored and end is not None:
-        actions.setdefault(end, []).append(_GiveBack())
+        actions.setdefault(end, []).append(GiveBack())
     return actions
-
-
-@dataclass(frozen=True)
-class _GiveBack:
-    """Give the tokens back."""
-
-    def apply(self, walk: Walk, node: fx.Node, value: Value) -> Value:
-        """Restore every reduced axis."""
-        del node
-        if not value.reduced:
-            return value
-        with walk.builder.inserting("restore"):
-            return walk.restored(value)
 
 
 @dataclass(frozen=True)
@@ -67,14 +55,9 @@ class _Prune:
             with walk.builder.inserting(f"{self.planned.name}@{self.planned.layer}"):
                 return self._apply(walk, node, value)
         except AxisError as error:
-            raise AxisError(
-                f"cannot drop tokens of the prompt at layer {self.planned.layer}: {error.what}",
-                policy=self.planned.where,
-                node=error.node,
-                needed=error.needed,
-                found=error.found,
-                help="choose other layers, or report the model",
-            ) from error
+            what = f"cannot drop tokens of the prompt at layer {self.planned.layer}"
+            help = "choose other layers, or report the model"
+            raise error.about(what, policy=self.planned.where, help=help) from error
 
     def _apply(self, walk: PromptStream, node: fx.Node, value: Value) -> Value:
         b, planned = walk.builder, self.planned

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field, model_validator
 
 from tokcc.passes.cut import Cut
-from tokcc.passes.ordering import LOWEST
 from tokcc.passes.piece import OtherScore, Score
+from tokcc.passes.subset import candidates_valid, extremes
 
 __all__ = ["Combined"]
 
@@ -54,10 +54,9 @@ class Combined(Score):
         if self.normalise == "none":
             return score
         own = cut.inner(score)
-        valid = None if cut.valid is None else cut.inner(cut.valid)
+        valid = candidates_valid(cut)
         if self.normalise == "sum":
             total = b.sum(own if valid is None else b.where(valid, own, 0.0), 1, keepdim=True)
             return b.div(score, b.clamp_min(total, 1e-12))
-        low = b.amin(own if valid is None else b.where(valid, own, -LOWEST), 1, keepdim=True)
-        high = b.amax(own if valid is None else b.where(valid, own, LOWEST), 1, keepdim=True)
+        low, high = extremes(b, own, valid)
         return b.div(b.sub(score, low), b.clamp_min(b.sub(high, low), 1e-12))

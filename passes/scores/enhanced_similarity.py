@@ -14,7 +14,7 @@ from tokcc.passes.ordering import LOWEST, around
 from tokcc.passes.piece import Score
 from tokcc.passes.subset import candidates_valid
 from tokcc.passes.texts import TextGuided
-from tokcc.passes.trained import TensorSpec, linear_specs
+from tokcc.passes.trained import TensorSpec, mlp_specs
 
 __all__ = ["EnhancedSimilarity"]
 
@@ -47,8 +47,7 @@ class EnhancedSimilarity(TextGuided, Blocks, Score):
             for spec in self.projection_specs(f"{side}.self_attn", "qkvo", width)
         ]
         norm = [TensorSpec(f"{side}.norm.weight", (width,)), TensorSpec(f"{side}.norm.bias", (width,), optional=True)]
-        first = linear_specs(f"{side}.mlp.layers.0", f"{side}_hidden", width)
-        return [*attention, *norm, *first, *linear_specs(f"{side}.mlp.layers.1", "common", f"{side}_hidden")]
+        return [*attention, *norm, *mlp_specs(f"{side}.mlp.layers", [width, f"{side}_hidden", "common"])]
 
     def emit(self, cut: Cut) -> Any:
         """Return ``[B, N]``; 0 at the protected tokens."""
@@ -66,5 +65,5 @@ class EnhancedSimilarity(TextGuided, Blocks, Score):
     def _enhanced(self, cut: Cut, x: Any, side: str, mask: Any) -> Any:
         b = cut.b
         x = b.add(x, self.attend(b, x, x, f"{side}.self_attn", mask, cut.x))
-        x = self.mlp(b, self.normed(b, x, f"{side}.norm", "layer", 1e-5), f"{side}.mlp", 2, "gelu")
+        x = self.mlp(b, self.normed(b, x, f"{side}.norm", "layer", 1e-5), f"{side}.mlp.layers", 2, "gelu")
         return normalised(b, b.call(torch.ops.aten.tanh.default, x))

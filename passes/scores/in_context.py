@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from tokcc.passes.context import InContext
 from tokcc.passes.cut import Cut
 from tokcc.passes.ordering import around
 from tokcc.passes.piece import Score
-from tokcc.passes.trained import TensorSpec
+from tokcc.passes.trained import TensorSpec, mlp_specs, second_minus_first
 
 __all__ = ["InContextScore"]
 
@@ -44,7 +43,7 @@ class InContextScore(InContext, Score):
         return [
             *self.context_specs(sizes),
             TensorSpec("norm.weight", ("C",)),
-            *self.mlp_specs(self.head, ["C", *between, self.outputs]),
+            *mlp_specs(f"{self.head}.layers", ["C", *between, self.outputs]),
         ]
 
     def emit(self, cut: Cut) -> Any:
@@ -56,9 +55,8 @@ class InContextScore(InContext, Score):
             if not isinstance(size, int) or size % self.frames:
                 cut.ctx.fail(f"the tokens are not those of {self.frames} frames", help="set the parameter `frames`")
             x = b.mean(b.reshape(x, [cut.batch.size, self.frames, size // self.frames, b.shape(x)[2]]), 2)
-        y = self.mlp(b, x, self.head, self.head_depth, self.activation)
-        no, last = (b.call(torch.ops.aten.select.int, y, 2, i) for i in (0, self.outputs - 1))
-        rating = last if self.outputs == 1 else b.sub(last, no)
+        y = self.mlp(b, x, f"{self.head}.layers", self.head_depth, self.activation)
+        rating = b.squeeze(y, 2) if self.outputs == 1 else second_minus_first(b, y)
         if self.frames is not None:
             assert isinstance(size, int)
             wide = b.expand(b.unsqueeze(rating, 2), [-1, -1, size // self.frames])

@@ -9,11 +9,9 @@ import torch
 
 from tokcc.passes.cut import Cut
 from tokcc.passes.piece import Score
-from tokcc.passes.trained import TensorSpec, Trained, activated, linear_specs
+from tokcc.passes.trained import TensorSpec, Trained, activated, linear_specs, mlp_specs, second_minus_first
 
 __all__ = ["LocalGlobal"]
-
-aten = torch.ops.aten
 
 
 class LocalGlobal(Trained, Score):
@@ -37,12 +35,11 @@ class LocalGlobal(Trained, Score):
                 TensorSpec(f"{stage}.norm.bias", ("C",), optional=True),
             ]
             found += linear_specs(f"{stage}.embed", "embedded", "C")
-            widths: list[int | str] = ["embedded", "half", "quarter", 2]
-            found += [spec for i in range(3) for spec in linear_specs(f"{stage}.layers.{i}", widths[i + 1], widths[i])]
+            found += mlp_specs(f"{stage}.layers", ["embedded", "half", "quarter", 2])
         return found
 
     def emit(self, cut: Cut) -> Any:
-        """Return ``[B, N]``: the logit of keeping minus that of dropping; the log softmax orders tokens in this way."""
+        """Return ``[B, N]``: the logit of keeping minus that of dropping."""
         b = cut.b
         stage = f"stages.{cut.stage}"
         x = self.normed(b, b.cast(cut.x, torch.float32), f"{stage}.norm", "layer", 1e-5)
@@ -55,7 +52,5 @@ class LocalGlobal(Trained, Score):
             real = b.unsqueeze(b.cast(cut.inner(cut.valid), torch.float32), 2)
             mean = b.div(b.sum(b.mul(shared, real), 1, keepdim=True), b.clamp_min(b.sum(real, 1, keepdim=True), 1.0))
         y = b.cat([own, b.expand(mean, [cut.batch.size, cut.tokens, -1])], 2)
-        for i in range(3):
-            y = self.linear(b, activated(b, y, "gelu") if i else y, f"{stage}.layers.{i}")
-        keep, drop = (b.call(aten.select.int, y, 2, i) for i in (0, 1))
-        return b.sub(keep, drop)
+        drop_minus_keep = second_minus_first(b, self.mlp(b, y, f"{stage}.layers", 3, "gelu"))
+        return b.mul(drop_minus_keep, -1.0)

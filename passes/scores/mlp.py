@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from tokcc.passes.cut import Cut
 from tokcc.passes.features import features
 from tokcc.passes.piece import Score
-from tokcc.passes.trained import TensorSpec, Trained, activated, linear_specs
+from tokcc.passes.trained import TensorSpec, Trained, mlp_specs, second_minus_first
 
 __all__ = ["Mlp"]
 
@@ -40,7 +39,7 @@ class Mlp(Trained, Score):
         """See :class:`Mlp`."""
         del sizes
         widths: list[int | str] = ["C", *(f"hidden_{i}" for i in range(self.depth - 1)), self.outputs]
-        found = [s for i in range(self.depth) for s in linear_specs(f"layers.{i}", widths[i + 1], widths[i])]
+        found = mlp_specs("layers", widths)
         if self.norm != "none":
             found += [TensorSpec("norm.weight", ("C",)), TensorSpec("norm.bias", ("C",), optional=True)]
         return found
@@ -51,9 +50,5 @@ class Mlp(Trained, Score):
         x = features(cut, "features", normalise=False)  # fp32 [B, N, C]
         if self.norm != "none":
             x = self.normed(b, x, "norm", self.norm)
-        for i in range(self.depth):
-            x = self.linear(b, activated(b, x, self.activation) if i else x, f"layers.{i}")
-        if self.outputs == 1:
-            return b.squeeze(x, 2)
-        no, yes = (b.call(torch.ops.aten.select.int, x, 2, i) for i in (0, 1))
-        return b.sub(yes, no)
+        x = self.mlp(b, x, "layers", self.depth, self.activation)
+        return b.squeeze(x, 2) if self.outputs == 1 else second_minus_first(b, x)

@@ -14,7 +14,7 @@ from tokcc.passes.cut import Cut, Kept
 from tokcc.passes.ordering import keep_counted, masked
 from tokcc.passes.piece import Selector
 from tokcc.passes.texts import TextGuided
-from tokcc.passes.trained import TensorSpec
+from tokcc.passes.trained import TensorSpec, mlp_specs
 
 __all__ = ["CountedByText"]
 
@@ -48,7 +48,7 @@ class CountedByText(TextGuided, Blocks, Selector):
     def tensors(self, sizes: Mapping[str, int]) -> Sequence[TensorSpec]:
         """See :class:`CountedByText`."""
         del sizes
-        return self.mlp_specs("budget", ["D_and_3", "hidden", 1])
+        return mlp_specs("budget.layers", ["D_and_3", "hidden", 1])
 
     def select(self, cut: Cut, score: Any) -> Kept:
         """See :class:`CountedByText`."""
@@ -63,7 +63,7 @@ class CountedByText(TextGuided, Blocks, Selector):
         share = b.div(rating, b.clamp_min(b.sum(rating, 1, keepdim=True), 1e-8))
         entropy = b.mul(b.sum(b.mul(share, b.log(b.add(share, 1e-8))), 1, keepdim=True), -1.0)
         facts = b.cat([mean, b.log(size), b.amax(rating, 1, keepdim=True), entropy], 1)  # [B, D + 3]
-        open_ = b.call(aten.sigmoid.default, self.mlp(b, facts, "budget", 2, "gelu"))  # [B, 1]
+        open_ = b.call(aten.sigmoid.default, self.mlp(b, facts, "budget.layers", 2, "gelu"))  # [B, 1]
         rho = b.add(b.mul(open_, self.high - self.low), self.low)
         wanted = b.squeeze(b.call(aten.ceil.default, b.mul(rho, size)), 1)
         own = b.call(aten.clamp_min.default, b.cast(wanted, torch.int64), 1)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from tokcc.passes.crops import best_flags, crop_sizes, keep_flagged, within_quotas
+from tokcc.passes.crops import best_flags, crop_sizes, keep_flagged, proportional, within_quotas
 from tokcc.passes.cut import Cut, Kept
 from tokcc.passes.ordering import masked
 from tokcc.passes.piece import OtherScore, Selector
@@ -70,9 +70,7 @@ class CropQuotas(Selector):
         marks = best_flags(cut, content, math.floor(size * (1 - share)))
         regions = b.constant("tokcc_crop_regions", self._regions(cut, size))
         count = b.cast(b.squeeze(b.matmul(b.cast(marks, torch.float32), regions), 0), torch.int64)  # [P - 1]
-        marked = b.call(aten.clamp_min.default, b.sum(count, 0), 1)
-        quota = b.call(aten.div.Tensor_mode, b.mul(count, rest), marked, rounding_mode="floor")
-        quota = b.call(aten.clamp_max.default, quota, size)
+        quota = b.call(aten.clamp_max.default, proportional(cut, count, rest), size)
         flags.append(within_quotas(cut, b.slice(rating, 0, 1), quota, rest))
         return keep_flagged(cut, b.cat(flags, 0), max(min(size, max(own, rest)), 1), score)
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from tokcc.passes.crops import crop_sizes, keep_flagged, within_quotas
+from tokcc.passes.crops import crop_sizes, keep_flagged, proportional, within_quotas
 from tokcc.passes.cut import Cut, Kept
 from tokcc.passes.features import FeatureKind, features
 from tokcc.passes.ordering import HIGHEST, masked
@@ -56,9 +56,7 @@ class DensityQuotas(Selector):
         alike = b.compare("gt", b.matmul(metric, b.transpose(metric, 1, 2)), self.similar)
         copies = b.sum(b.cast(alike, torch.int64), 2)  # [P, M]
         dense = b.sum(b.cast(b.compare("le", copies, self.copies), torch.int64), 1)  # [P]
-        every = b.call(aten.clamp_min.default, b.sum(dense, 0), 1)
-        quota = b.call(aten.div.Tensor_mode, b.mul(dense, total - crops), every, rounding_mode="floor")
-        quota = b.call(aten.clamp_max.default, b.add(quota, 1), size)
+        quota = b.call(aten.clamp_max.default, b.add(proportional(cut, dense, total - crops), 1), size)
         half = b.call(aten.div.Tensor_mode, b.add(quota, 1), 2, rounding_mode="floor")
         first = within_quotas(cut, cut.inner(masked(cut, score)), half)
         other = cut.inner(masked(cut, self.second.emit(cut)))

@@ -13,6 +13,7 @@ from tokcc.passes.features import FeatureKind, features
 from tokcc.passes.matching import interleaved, matched_per_sample, pairs, pairs_per_sample
 from tokcc.passes.ordering import LOWEST, topk
 from tokcc.passes.piece import Selector
+from tokcc.passes.subset import candidates_valid
 
 __all__ = ["Energy"]
 
@@ -55,7 +56,7 @@ class Energy(Selector):
         n, p = cut.candidates, cut.first
         metric = cut.inner(features(cut, self.of, "mean"))  # [B, T, D]
         cosine = b.matmul(metric, b.transpose(metric, 1, 2))  # [B, T, T]
-        valid = None if cut.valid is None else cut.inner(cut.valid)
+        valid = candidates_valid(cut)
         energy = self._energy(cut, cosine, valid)  # [B, T]
         if valid is not None:
             energy = b.where(valid, energy, LOWEST)

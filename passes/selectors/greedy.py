@@ -12,7 +12,7 @@ from tokcc.passes.cut import Cut, Kept
 from tokcc.passes.features import FeatureKind, features
 from tokcc.passes.ordering import LOWEST, keep_indices, masked
 from tokcc.passes.piece import Selector
-from tokcc.passes.subset import kept_set, min_max, refuse_padded_share
+from tokcc.passes.subset import candidates_valid, kept_set, min_max, refuse_padded_share
 
 __all__ = ["Greedy"]
 
@@ -58,7 +58,7 @@ class Greedy(Selector):
         if self.over == "batch":
             return self._over_crops(cut, x, rating)
         kept = cut.count.kept(b, cut.candidates, cut.initial_candidates)
-        valid = None if cut.valid is None else cut.inner(cut.valid)
+        valid = candidates_valid(cut)
         if rating is not None and self.relevance == 1.0 and self.joined == "weighted":
             return keep_indices(cut, masked(cut, score), kept)
         refuse_padded_share(cut)

@@ -12,6 +12,7 @@ from tokcc.passes.budget import Count
 from tokcc.passes.cut import Cut, Kept
 from tokcc.passes.ordering import LOWEST, around, keep_counted, topk
 from tokcc.passes.piece import Selector
+from tokcc.passes.subset import candidates_valid
 
 __all__ = ["InverseCdf"]
 
@@ -43,7 +44,7 @@ class InverseCdf(Selector):
         """See :class:`InverseCdf`."""
         b = cut.b
         weight = b.cast(cut.inner(score), torch.float32)  # [B, M]
-        valid = None if cut.valid is None else cut.inner(cut.valid)
+        valid = candidates_valid(cut)
         rating = weight
         if valid is not None:
             rating = b.where(valid, weight, LOWEST)  # first in ascending order, where it adds nothing

@@ -14,7 +14,7 @@ from tokcc.capture.export import clean
 from tokcc.capture.hf_decoder import CausalDecoder, decoder_dynamic, decoder_inputs
 from tokcc.ir.program import Program
 
-__all__ = ["FAMILIES", "model_of", "program_of"]
+__all__ = ["FAMILIES", "decoder_program", "model_of", "program_of", "random_model"]
 
 VOCABULARY = 97
 _BASE: dict[str, Any] = {
@@ -67,7 +67,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def model_of(family: str, attention: str = "eager") -> nn.Module:
     """A model in eval mode; equal weights for every attention implementation."""
     name, settings = FAMILIES[family]
-    config = getattr(transformers, name)(**settings)
+    return random_model(getattr(transformers, name)(**settings), attention)
+
+
+def random_model(config: Any, attention: str) -> nn.Module:
+    """A causal model with random weights, in eval mode."""
     torch.manual_seed(0)
     try:
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
@@ -84,7 +88,11 @@ def model_of(family: str, attention: str = "eager") -> nn.Module:
 @functools.cache
 def program_of(family: str) -> Program:
     """The clean program of a family, with its cache as inputs and outputs."""
-    model = model_of(family, "sdpa")
+    return decoder_program(model_of(family, "sdpa"))
+
+
+def decoder_program(model: nn.Module) -> Program:
+    """Capture a model with its cache as inputs and outputs."""
     inputs = decoder_inputs(model, model.config, torch.float32)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

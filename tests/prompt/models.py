@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from tokcc.capture.export import clean
-from tokcc.capture.hf_decoder import CausalDecoder, decoder_dynamic, decoder_inputs
+from tests.decoders.tiny import decoder_program, random_model
 from tokcc.ir.program import Program
 
 __all__ = ["IMAGE", "LAYERS", "VOCABULARY", "model_of", "program_of", "prompts"]
@@ -45,28 +43,13 @@ _CONFIGS = {
 def model_of(family: str, attention: str = "eager") -> nn.Module:
     """A model in eval mode; equal weights for every attention implementation."""
     name, settings = _CONFIGS[family]
-    config = getattr(transformers, name)(**{**_BASE, **settings})
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    # Random weights of the usual size give nearly uniform attention: larger ones give every method something to choose.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4.0)
-    return model.eval()
+    return random_model(getattr(transformers, name)(**{**_BASE, **settings}), attention)
 
 
 @functools.cache
 def program_of(family: str) -> Program:
     """The clean program of a family, with its cache as inputs and outputs."""
-    model = model_of(family, "sdpa")
-    inputs = decoder_inputs(model, model.config, torch.float32)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = torch.export.export(
-            CausalDecoder(model).eval(), (), inputs, dynamic_shapes=decoder_dynamic(inputs), strict=False
-        ).run_decompositions({})
-    return clean(Program.from_exported(exported))
+    return decoder_program(model_of(family, "sdpa"))
 
 
 def prompts(padding: tuple[int, ...], prompt: int, total: int, image: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -135,6 +135,21 @@ _LLAMA = {"class": "LlamaConfig", **_TEXT}
 _QWEN_TEXT = {**_TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 _QWEN_SIGHT = {"depth": 2, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
 _QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+
+
+def _shuffled(name: str) -> Tiny:
+    """Idefics3 and what has its form: a pixel shuffle behind the tower."""
+    config = _config(
+        f"{name}Config",
+        vision_config=_VISION,
+        text_config=_LLAMA,
+        image_token_id=IMAGE,
+        scale_factor=2,
+        pad_token_id=PAD,
+    )
+    return Tiny(f"{name}ForConditionalGeneration", config, _image(8, tiles=2, axis=True))
+
+
 FAMILIES: dict[str, Tiny] = {
     "llava": Tiny(
         "LlavaForConditionalGeneration",
@@ -146,30 +161,8 @@ FAMILIES: dict[str, Tiny] = {
         ),
         _image(16),
     ),
-    "idefics3": Tiny(
-        "Idefics3ForConditionalGeneration",
-        _config(
-            "Idefics3Config",
-            vision_config=_VISION,
-            text_config=_LLAMA,
-            image_token_id=IMAGE,
-            scale_factor=2,
-            pad_token_id=PAD,
-        ),
-        _image(8, tiles=2, axis=True),
-    ),
-    "smolvlm": Tiny(
-        "SmolVLMForConditionalGeneration",
-        _config(
-            "SmolVLMConfig",
-            vision_config=_VISION,
-            text_config=_LLAMA,
-            image_token_id=IMAGE,
-            scale_factor=2,
-            pad_token_id=PAD,
-        ),
-        _image(8, tiles=2, axis=True),
-    ),
+    "idefics3": _shuffled("Idefics3"),
+    "smolvlm": _shuffled("SmolVLM"),
     "internvl": Tiny(
         "InternVLForConditionalGeneration",
         _config(

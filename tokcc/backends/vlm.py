@@ -132,10 +132,7 @@ class VisionLanguage:
         stop: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Generate at once; returns the new tokens of each row. Arguments as of :meth:`stream`."""
-        generation = self.stream(prompts, pictures, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
-        for _ in generation:
-            pass
-        return generation.rows
+        return self.stream(prompts, pictures, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop).finish()
 
     def prepare(
         self, prompts: Sequence[Sequence[int]], pictures: Sequence[Sequence[Picture | Array]]

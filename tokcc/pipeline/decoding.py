@@ -113,8 +113,7 @@ def measure_decoder(
         if text is not None:
             raise
         report = cache_facts(report, reduced, loaded)
-        note = f"nothing was measured: {error.what}"
-        return replace(how, report=report.model_copy(update={"notes": (*report.notes, note)}))
+        return replace(how, report=report.noted(f"nothing was measured: {error.what}"))
     found = pair.measure(stages, text=text, limits=Limits(steps_s=how.budget_s))
     growth = found.growth
     before = {**found.feeds, **growth.before}

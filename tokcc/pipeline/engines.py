@@ -121,7 +121,7 @@ def write_engines(
     report = facts(loaded, policy, reduced, checks, feeds, stages, threads=options.threads)
     if reduced.caches is not None and reduced.caches.fixed and engine is not None:
         remarks += save_genai_config(loaded, reduced.sliced, engine.name, place.folder)
-    report = report.model_copy(update={"notes": (*report.notes, *remarks)})
+    report = report.noted(*remarks)
     if engine is not None:
         baseline = _baseline(place, reduced, options.opset, stages, options.keep_baseline, needed=options.calibrate)
         if options.calibrate and baseline is not None:

@@ -136,7 +136,7 @@ def facts(
         notes=tuple(notes),
         stages=dict(stages.seconds),
     )
-    return report.model_copy(update={"notes": (*report.notes, *_added(report))})
+    return report.noted(*_added(report))
 
 
 def parity_checks(engine: str, checks: Sequence[Check]) -> tuple[ParityCheck, ...]:
@@ -298,7 +298,7 @@ def measure_engine(
     timed_feed = numpy_feeds(feeds[0])
     if data is not None:
         fidelity = fidelity_of(report, data, one, two, stages)
-        report = report.model_copy(update={"fidelity": fidelity, "notes": (*report.notes, *data.notes)})
+        report = report.noted(*data.notes).model_copy(update={"fidelity": fidelity})
         timed_feed = dict(next(iter(data.batches()))[0])
     shapes = {name: tuple(value.shape) for name, value in timed_feed.items()}
     with stages.stage("measure latency"):

@@ -65,7 +65,7 @@ def measure_prompt(
         why = error.what
         length = 0
     if length < prompt.shortest:
-        return replace(how, report=report.model_copy(update={"notes": (*report.notes, f"nothing was measured: {why}")}))
+        return replace(how, report=report.noted(f"nothing was measured: {why}"))
     feeds = _prompt(prompt, two, length, how.seed)
     given = {name: value for name, value in feeds.items() if name in two.added}
     with stages.stage("measure the prompt"):
@@ -83,8 +83,8 @@ def measure_prompt(
     own = f", {prompt.needed} of them of the segments" if prompt.needed else ""
     if prompt.refill is not None:
         own = f", old entries are given for {feeds[OLD_PLACES].shape[1]} of them"
-    notes = (*report.notes, f"latency and total FLOPs: the first call, a prompt of {length} tokens{own}")
-    return replace(how, report=report.model_copy(update={"latency": latency, "totals": totals, "notes": notes}))
+    report = report.noted(f"latency and total FLOPs: the first call, a prompt of {length} tokens{own}")
+    return replace(how, report=report.model_copy(update={"latency": latency, "totals": totals}))
 
 
 def _prompt(prompt: PromptPlan, engine: DecoderEngine, length: int, seed: int) -> dict[str, Array]:

@@ -106,6 +106,10 @@ class Report(Part):
             raise ValueError(f"{', '.join(measured)} reported although parity did not pass")
         return self
 
+    def noted(self, *notes: str) -> Report:
+        """Return the report with more notes."""
+        return self.model_copy(update={"notes": (*self.notes, *notes)})
+
     @property
     def state(self) -> Literal["ok", "accuracy_gate_missed", "speed_gate_missed"]:
         """The bundle's state by its gates; accuracy weighs more than speed."""

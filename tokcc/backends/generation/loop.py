@@ -96,10 +96,7 @@ class Generator:
         given: Rows | None = None,
     ) -> list[list[int]]:
         """Generate at once; returns the new tokens of each row, with the token that ended it. Arguments as above."""
-        generation = self.stream(prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, given=given)
-        for _ in generation:
-            pass
-        return generation.rows
+        return self.stream(prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, given=given).finish()
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
@@ -151,6 +148,12 @@ class Generation(Iterator[tuple[int | None, ...]]):
         self.fed = 0
         self.prompt_seconds = 0.0
         self.step_seconds = 0.0
+
+    def finish(self) -> list[list[int]]:
+        """Take all steps that are left and return the rows."""
+        for _ in self:
+            pass
+        return self.rows
 
     @property
     def whole_cache_bytes(self) -> int:
