@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from tokcc.kernels.picking import best, picked_first
+from tokcc.kernels.picking import Pick, best, picked_first
 
 
-def reference(table: Tensor, unary: Tensor, k: int) -> Tensor:
+def reference(table: Tensor, unary: Tensor, k: int, pick: Pick = best) -> Tensor:
     """See :func:`tokcc.kernels.cover_select.cover_select`."""
     batch, tokens = unary.shape
     rows = torch.arange(batch, device=unary.device)
@@ -14,7 +14,7 @@ def reference(table: Tensor, unary: Tensor, k: int) -> Tensor:
     covered = table.new_zeros(batch, table.shape[1])
     for _ in range(k):
         gain = (table - covered[:, :, None]).clamp_min(0.0).sum(1)
-        choice = best(gain + unary, picked)
+        choice = pick(gain + unary, picked)
         picked[rows, choice] = True
         covered = torch.maximum(covered, table[rows, :, choice])
     return picked_first(picked, k)

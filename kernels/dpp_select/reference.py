@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from tokcc.kernels.picking import best, picked_first
+from tokcc.kernels.picking import Pick, best, picked_first
 
 SPANNED = 1e-5
 """Share of its own diagonal entry below which a token's gain is rounding: the picked tokens span it."""
 
 
-def reference(kernel: Tensor, unary: Tensor, k: int) -> Tensor:
+def reference(kernel: Tensor, unary: Tensor, k: int, pick: Pick = best) -> Tensor:
     """See :func:`tokcc.kernels.dpp_select.dpp_select`."""
     batch, tokens = unary.shape
     rows = torch.arange(batch, device=unary.device)
@@ -19,7 +19,7 @@ def reference(kernel: Tensor, unary: Tensor, k: int) -> Tensor:
     factor = kernel.new_zeros(batch, tokens, k)
     for step in range(k):
         gain = torch.where(gain > floor, gain, 0.0)
-        choice = best(gain + unary, picked)
+        choice = pick(gain + unary, picked)
         picked[rows, choice] = True
         own = gain[rows, choice][:, None]
         row = kernel[rows, choice] - (factor @ factor[rows, choice][:, :, None])[:, :, 0]

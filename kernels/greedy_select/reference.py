@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
-from tokcc.kernels.picking import picked_first
+from tokcc.kernels.picking import Pick, largest, picked_first
 
 
-def reference(similarity: Tensor, unary: Tensor, first: Tensor, k: int, form: str) -> Tensor:
+def reference(
+    similarity: Tensor, unary: Tensor, first: Tensor, k: int, form: str = "nearest", pick: Pick = largest
+) -> Tensor:
     """See :func:`tokcc.kernels.greedy_select.greedy_select`."""
     batch, tokens = unary.shape
     rows = torch.arange(batch, device=unary.device)
@@ -14,8 +16,7 @@ def reference(similarity: Tensor, unary: Tensor, first: Tensor, k: int, form: st
     state = torch.zeros_like(unary) if form == "all" else torch.full_like(unary, -torch.inf)
     score = first
     for _ in range(k):
-        # torch.max does not promise the lowest index among ties; a stable sort does.
-        choice = torch.sort(score.masked_fill(picked, -torch.inf), dim=-1, descending=True, stable=True).indices[:, 0]
+        choice = pick(score, picked)
         picked[rows, choice] = True
         row = similarity[rows, choice]
         state = state + row if form == "all" else torch.maximum(state, row)

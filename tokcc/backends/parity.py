@@ -175,8 +175,13 @@ def _compare(
     return Check(name, worst, scale, atol, rtol, bool((difference <= atol + rtol * expected.abs()).all()))
 
 
-def refuse_difference(engine: str, checks: Sequence[Check]) -> None:
+def refuse_difference(engine: str, checks: Sequence[Check], why: str | None = None) -> None:
     """Raise when a check failed.
+
+    Args:
+        engine: What was checked.
+        checks: How.
+        why: The first choice that went another way, where that is known.
 
     Raises:
         ParityError: Naming the output and the difference.
@@ -187,6 +192,6 @@ def refuse_difference(engine: str, checks: Sequence[Check]) -> None:
                 f"the {engine} engine differs from its reference",
                 node=f"output `{check.output}`",
                 needed=f"|difference| <= {check.atol:.3g} + {check.rtol:.3g} * |reference| (scale {check.scale:.3g})",
-                found=f"{check.max_abs_diff:.3g}",
+                found=f"{check.max_abs_diff:.3g}" + (f"; {why}" if why else ""),
                 help="no engine is left behind; please report the model and policy",
             )

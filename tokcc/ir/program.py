@@ -244,6 +244,21 @@ class Program:
         """The values that leave the graph, in the order of the signature."""
         return list(self.output_node.args[0])  # type: ignore[arg-type]  # an output's first argument is a tuple
 
+    def with_outputs(self, values: Mapping[str, fx.Node]) -> Program:
+        """Return the program, over a graph of its own, with further outputs.
+
+        Args:
+            values: Nodes of this program by the outputs' names.
+        """
+        program = self.copied()
+        nodes = {node.name: node for node in program.graph.nodes}
+        output = program.output_node
+        output.args = ((*program.output_values, *(nodes[value.name] for value in values.values())),)
+        specs = list(self.signature.output_specs)
+        specs += [ExportOutputSpec(OutputKind.USER_OUTPUT, TensorArgument(v.name), None) for v in values.values()]
+        signature = ExportGraphSignature(input_specs=list(self.signature.input_specs), output_specs=specs)
+        return replace(program, signature=signature, output_names=(*self.output_names, *values))
+
     def add_constant(self, name: str, tensor: torch.Tensor, fake: Any) -> tuple[Program, fx.Node]:
         """Lift a new constant tensor into the program.
 

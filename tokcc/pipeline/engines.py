@@ -34,6 +34,7 @@ from tokcc.pipeline.decoding import cache_facts, measure_decoder, read_text
 from tokcc.pipeline.measuring import Measurement, facts, measure_engine
 from tokcc.pipeline.prompt_speed import measure_prompt
 from tokcc.pipeline.reducing import Reduced, reduce_program
+from tokcc.pipeline.settling import settle
 from tokcc.pipeline.stages import Stages
 from tokcc.pipeline.weights import bundle_weights
 from tokcc.report.gates import Gate, evaluate_gates
@@ -114,14 +115,14 @@ def write_engines(
         with stages.stage("read the calibration data"):
             text = read_text(options.calibration, place.root, plan=reduced.caches)
     feeds, expected = _reference(program, reduced, examples(program, loaded), options.seed, stages)
-    engine, checks = _emit(
+    engine, checks, settled = _emit(
         place, reduced, policy, options.backends, options.opset, feeds, expected, options.tolerance, stages
     )
     measurement = Measurement(seed=options.seed, threads=options.threads)
     report = facts(loaded, policy, reduced, checks, feeds, stages, threads=options.threads)
     if reduced.caches is not None and reduced.caches.fixed and engine is not None:
         remarks += save_genai_config(loaded, reduced.sliced, engine.name, place.folder)
-    report = report.noted(*remarks)
+    report = report.noted(*remarks, *settled)
     if engine is not None:
         baseline = _baseline(place, reduced, options.opset, stages, options.keep_baseline, needed=options.calibrate)
         if options.calibrate and baseline is not None:
@@ -169,9 +170,10 @@ def _emit(
     expected: Sequence[Sequence[torch.Tensor]],
     tolerance: Tolerance,
     stages: Stages,
-) -> tuple[Path | None, dict[str, list[Check]]]:
+) -> tuple[Path | None, dict[str, list[Check]], list[str]]:
     """Lower, write and check every engine; a failed parity raises and nothing is left behind."""
     checks: dict[str, list[Check]] = {}
+    remarks: list[str] = []
     engine: Path | None = None
     names = list(reduced.program.output_names)
     try:
@@ -189,6 +191,13 @@ def _emit(
         with stages.stage("parity", len(feeds)) as advance:
             if engine is not None:
                 checks["onnx"] = check_parity(Session(engine).run, names, feeds, expected, tolerance, advance)
+                if not all(check.passed for check in checks["onnx"]):
+                    settled = settle(reduced.program, reduced.sliced, engine, names, feeds, opset, tolerance)
+                    if isinstance(settled, str):
+                        refuse_difference("onnx", checks["onnx"], settled)
+                    else:
+                        expected, checks["onnx"] = settled.expected, settled.checks
+                        remarks.append(settled.note)
                 refuse_difference("onnx", checks["onnx"])
                 save_reference(place.folder / "reference.npz", names, feeds, expected)
         if "pt2" in backends:
@@ -199,7 +208,7 @@ def _emit(
         raise OutputError(
             "the bundle cannot be written", found=str(error), help="check free space and permissions"
         ) from error
-    return engine, checks
+    return engine, checks, remarks
 
 
 def _reference(
