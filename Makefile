@@ -26,10 +26,10 @@ demo: $(READY) ## compile a real image encoder and show what it saves and costs
 	$(PYTHON) examples/demo.py
 
 test: $(READY) ## the fast tests (ARGS="-k name" passes on)
-	$(PYTHON) -m pytest -n $(JOBS) $(ARGS)
+	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-all: $(READY) ## all tests but those that need a GPU; fetches real weights
-	$(PYTHON) -m pytest -n $(JOBS) -m "not gpu" $(ARGS)
+	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile -m "not gpu" $(ARGS)
 
 lint: $(READY) typecheck imports ## ruff, mypy --strict, import-linter
 	$(PYTHON) -m ruff check .

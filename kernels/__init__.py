@@ -11,6 +11,7 @@ from tokcc.kernels.gather_slots import gather_slots
 from tokcc.kernels.gather_tokens import gather_tokens
 from tokcc.kernels.greedy_select import greedy_select
 from tokcc.kernels.merge_tokens import merge_tokens
+from tokcc.kernels.recurrence import recurrence
 from tokcc.kernels.retain_slots import retain_slots
 from tokcc.kernels.scatter_tokens import scatter_tokens
 from tokcc.kernels.topk_select import topk_select
@@ -24,6 +25,7 @@ __all__ = [
     "gather_tokens",
     "greedy_select",
     "merge_tokens",
+    "recurrence",
     "retain_slots",
     "scatter_tokens",
     "topk_select",

@@ -38,7 +38,7 @@ def ahead_of(walk: Walk, sites: Sites, node: fx.Node, value: Value, first: int) 
         ]
         if node in walk.program.output_values or not outputs:
             return x  # nothing follows
-        later = [layer.index for layer in sites.layers if sites.order[layer.attention.output] > sites.order[node.name]]
+        later = [layer.index for layer in sites.layers if sites.order[layer.mixes] > sites.order[node.name]]
         if later:
             walk.ctx.fail(
                 f"what becomes of a token by itself cannot be said before layer {later[0]}, where tokens attend",

@@ -85,12 +85,14 @@ class Blocks(Trained):
             wide = activated(b, wide, "gelu")
         return b.add(x, self.linear(b, wide, f"{name}.mlp.down_proj"))
 
-    def attend(self, b: Builder, x: Any, context: Any, name: str, mask: Any, like: Any) -> Any:
-        """Return what ``x`` ``[B, L, D]`` gathers from the context ``[B, M, E]``, projected: ``[B, L, D]``."""
+    def attend(self, b: Builder, x: Any, context: Any, name: str, mask: Any, like: Any, values: Any = None) -> Any:
+        """Return what ``x`` ``[B, L, D]`` gathers from the context ``[B, M, E]``, projected: ``[B, L, D]``.
+
+        ``values`` ``[B, M, E]`` is what is gathered, where it is not the context itself.
+        """
         probs = self.probs(b, x, context, name, mask, like)
-        value = self._repeated(
-            b, self._by_head(b, self.linear(b, context, f"{name}.v_proj"), self.kv_heads or self.heads)
-        )
+        own = self.linear(b, context if values is None else values, f"{name}.v_proj")
+        value = self._repeated(b, self._by_head(b, own, self.kv_heads or self.heads))
         mixed = b.transpose(b.matmul(probs, value), 1, 2)  # [B, L, H, d]
         sizes = [b.size(mixed, 0), b.size(mixed, 1), b.shape(mixed)[2] * b.shape(mixed)[3]]
         return self.linear(b, b.reshape(mixed, sizes), f"{name}.o_proj")

@@ -14,7 +14,7 @@ from tokcc.ir.builder import Builder
 from tokcc.ir.space import TokenSpace
 from tokcc.passes.budget import Count
 
-__all__ = ["Assigned", "AttentionView", "Chosen", "Cut", "Grouped", "Kept", "Matched", "Tiered"]
+__all__ = ["Assigned", "AttentionView", "Chosen", "Cut", "Gridded", "Grouped", "Kept", "Matched", "Tiered"]
 
 aten = torch.ops.aten
 assert tokcc.kernels is not None
@@ -59,6 +59,7 @@ class Kept:
         size: K.
         score: ``[B, N]``: what the selection was made by, for reducers that weight by it; or None.
         by_input: The input decides how many slots are filled, so tokens may be dropped however many slots there are.
+        middle: Place of a protected token between the others, which are in the order of the sequence; or None.
     """
 
     index: Any
@@ -67,6 +68,7 @@ class Kept:
     size: Any
     score: Any = None
     by_input: bool = False
+    middle: Any = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,21 @@ class Grouped:
     """
 
     width: int
+    size: Any
+
+
+@dataclass(frozen=True)
+class Gridded:
+    """A grid of tokens that becomes a coarser one.
+
+    Attributes:
+        grid: Rows and columns of the candidates.
+        cells: Rows and columns of what they become.
+        size: Tokens behind the reduction, protected ones included.
+    """
+
+    grid: tuple[int, int]
+    cells: tuple[int, int]
     size: Any
 
 
@@ -151,12 +168,20 @@ class Assigned:
     ascending: bool = False
 
 
-Chosen = Kept | Matched | Grouped | Tiered | Assigned
+Chosen = Kept | Matched | Grouped | Gridded | Tiered | Assigned
 
 
 def _as_they_are(x: Any, places: Any) -> Any:
     del places
     return x
+
+
+def _no_stream(layer: int) -> Any:
+    raise NotImplementedError(f"the output of layer {layer} was not asked for")
+
+
+def _no_mixer() -> Any:
+    raise NotImplementedError("the output of this layer's mixer was not asked for")
 
 
 @dataclass
@@ -178,8 +203,12 @@ class Cut:
         attention: Returns the attention of a layer over the current tokens (default: the cut's own layer).
         ahead: Returns what the rest of the program makes of candidates by themselves: takes vectors ``[B, K, C]`` and
             whose places they have, ``[K]`` counted from the first candidate, and returns ``[B, K, D]``.
+        stream: Returns the output of an earlier layer, of the current tokens: ``[B, N, C]``.
         stage: Which of the step's layers this is, from 0.
         stages: How many layers the step has.
+        middle: Place of a protected token between the candidates, or None.
+        initial_middle: Its place in the unreduced model.
+        mixed: Returns what the layer's state-space mixer makes of the tokens before its projection, ``[B, N, E]``.
     """
 
     ctx: Context
@@ -196,11 +225,20 @@ class Cut:
     stage: int = 0
     stages: int = 1
     ahead: Callable[[Any, Any], Any] = _as_they_are
+    stream: Callable[[int], Any] = _no_stream
+    middle: int | None = None
+    initial_middle: int | None = None
+    mixed: Callable[[], Any] = _no_mixer
 
     @property
     def b(self) -> Builder:
         """The builder."""
         return self.ctx.builder
+
+    @property
+    def protected(self) -> int:
+        """Number of tokens that are no candidates."""
+        return self.first + self.last + (self.middle is not None)
 
     @property
     def tokens(self) -> Any:
@@ -210,12 +248,12 @@ class Cut:
     @property
     def candidates(self) -> Any:
         """Current number of tokens that may be dropped."""
-        return self.b.sub_sizes(self.tokens, self.first + self.last)
+        return self.b.sub_sizes(self.tokens, self.protected)
 
     @property
     def initial_candidates(self) -> Any:
         """Number of candidates in the unreduced model."""
-        return self.b.sub_sizes(self.space.root.size, self.first + self.last)
+        return self.b.sub_sizes(self.space.root.size, self.protected)
 
     @property
     def valid(self) -> Any:
@@ -232,7 +270,7 @@ class Cut:
         """Return the number of real candidates of each sample, int64 ``[B]``."""
         b = self.b
         total = b.sum(b.cast(self.present(), torch.int64), 1)
-        return b.call(aten.clamp_min.default, b.sub(total, self.first + self.last), 0)
+        return b.call(aten.clamp_min.default, b.sub(total, self.protected), 0)
 
     def initial_valid_count(self) -> Any:
         """Return the number of real candidates before any reduction, int64 ``[B]``."""
@@ -240,7 +278,7 @@ class Cut:
         if self.space.root.real is None:  # every token was real until a reduction left slots empty
             return b.add(b.full([self.batch.size], 0, torch.int64, self.x), self.initial_candidates)
         total = b.sum(b.cast(self.space.root.real, torch.int64), 1)
-        return b.call(aten.clamp_min.default, b.sub(total, self.first + self.last), 0)
+        return b.call(aten.clamp_min.default, b.sub(total, self.protected), 0)
 
     def of_stage(self, values: Sequence[T], name: str) -> T:
         """Return this layer's entry of a parameter that has one for each of the step's layers, or one for all."""
@@ -264,12 +302,27 @@ class Cut:
     def inner(self, values: Any) -> Any:
         """Return the columns of the candidates of ``[B, N, ...]`` or ``[B, N]``."""
         stop = None if self.last == 0 else self.b.sub_sizes(self.tokens, self.last)
+        if self.middle is not None:
+            parts = [self.b.slice(values, 1, self.first, self.middle), self.b.slice(values, 1, self.middle + 1, stop)]
+            return self.b.cat(parts, 1)
         return self.b.slice(values, 1, self.first, stop)
 
+    def in_front(self, kept: Any) -> Any:
+        """Return how many of the kept candidates stand in front of a protected token between them."""
+        return self.b.floordiv_sizes(kept, 2)
+
     def with_protected(self, index: Any) -> Any:
-        """Put the protected tokens around chosen candidates: ``[B, K]`` relative -> ``[B, first + K + last]``."""
+        """Put the protected tokens around chosen candidates: ``[B, K]`` relative -> ``[B, first + K + last]``.
+
+        A protected token between the candidates gets as many of them in front of it as behind it, in the order given.
+        """
         b = self.b
         parts = [b.add(index, self.first) if self.first else index]
+        if self.middle is not None:
+            behind = b.cast(b.compare("ge", parts[0], self.middle), torch.int64)
+            index, half = b.add(parts[0], behind), self.in_front(b.size(index, 1))
+            own = b.full([self.batch.size, 1], self.middle, torch.int64, self.x)
+            parts = [b.slice(index, 1, 0, half), own, b.slice(index, 1, half)]
         if self.first:
             parts.insert(0, self.per_sample(b.arange(self.first, self.x)))
         if self.last:

@@ -64,12 +64,18 @@ def keep_indices(
     """
     b = cut.b
     candidates = cut.inner(score)
-    size = b.add_sizes(kept, cut.first + cut.last)
+    size = b.add_sizes(kept, cut.protected)
     if cut.valid is None:
         index = cut.with_protected(topk(b, candidates, kept, in_order=in_order))
+        if cut.middle is not None:
+            place = b.add_sizes(cut.in_front(kept), cut.first) if in_order else None
+            return Kept(index, None, False, size, score_for_reducer, middle=place)
         return Kept(index, None, in_order, size, score_for_reducer)
     if cut.last:
-        cut.ctx.fail("the last token of a padded sample is padding, so it cannot be protected by its place")
+        cut.ctx.fail(
+            "the last token of a padded sample is padding, so it cannot be protected by its place",
+            help="leave `protect.last` out, or use a model without a padding mask",
+        )
     real = cut.valid_count() if real is None else real
     initial = cut.initial_valid_count() if cut.count.of_initial else real
     own = cut.count.kept_per_sample(b, real, initial)
@@ -90,8 +96,16 @@ def keep_counted(
         in_order: In sequence order; otherwise the best first.
     """
     b = cut.b
+    if cut.middle is not None:
+        cut.ctx.fail(
+            "samples keep different numbers of tokens, so the token in the middle cannot be kept there",
+            help="use a selector that keeps the same number in every sample, such as `topk`, and no padding mask",
+        )
     if cut.last:
-        cut.ctx.fail("samples keep different numbers of tokens, so the last ones cannot be protected by their place")
+        cut.ctx.fail(
+            "samples keep different numbers of tokens, so the last ones cannot be protected by their place",
+            help="leave `protect.last` out, or use a selector that keeps the same number in every sample",
+        )
     size = b.add_sizes(kept, cut.first)
     per_sample = b.unsqueeze(own, 1)  # [B, 1]
     best = topk(b, cut.inner(score), kept, in_order=False)  # [B, kept]

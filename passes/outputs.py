@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import fx
 
+from tokcc.analysis.restoring import restore
 from tokcc.analysis.walk import Walk
 from tokcc.config import Rows
 from tokcc.errors import PlanError
 from tokcc.ir.program import Program
-from tokcc.ir.space import TokenSpace
+from tokcc.ir.space import Factor, TokenSpace
 from tokcc.ir.value import Value
 from tokcc.passes.plan import Plan
 
@@ -111,6 +112,8 @@ def contract_outputs(walk: Walk, outputs: OutputPlan, values: Sequence[Any]) -> 
         elif own.reduced:
             with walk.builder.inserting("restore"):
                 own = walk.restored(own)
+        if contract in ("full", "reduced"):
+            extra += _told(walk, name, value, full=contract == "full")
         result.append(own)
     names = (*outputs.names, *(name for name, _ in extra))
     return OutputPlan(names, outputs.contracts, outputs.restore_at, (*result, *(handle for _, handle in extra)))
@@ -163,6 +166,41 @@ def _maps(walk: Walk, name: str, value: Value, *, whole: str | None) -> list[tup
                     return [(f"{name}.token_assign", _assign(walk, space)), *valid]
                 return [(f"{name}.token_index", _per_sample(walk, walk.ctx.index_between(space.root, space))), *valid]
     return []
+
+
+def _told(walk: Walk, name: str, value: Value, *, full: bool) -> list[tuple[str, Any]]:
+    """Return the extra outputs that tell something about the tokens of an output, ``[B, K]``: 0 where there is none.
+
+    Args:
+        walk: The walk.
+        name: Of the output.
+        value: The output, before tokens are given back.
+        full: They are given back: dropped ones get 0.
+    """
+    space = next((f.space for axis in value.axes for f in axis if f.space is not None and not f.space.is_batch), None)
+    found: list[tuple[str, Any]] = []
+    for step in [] if space is None else space.chain:
+        whole, first = step.tail_of or (step, 0)
+        for fact, handle in whole.facts.items():
+            assert space is not None
+            with walk.builder.inserting("restore"):
+                found.append((f"{name}.{fact}", _fact(walk, handle, first, step, space, full=full)))
+    return found
+
+
+def _fact(walk: Walk, handle: Any, first: int, step: TokenSpace, space: TokenSpace, *, full: bool) -> Any:
+    b = walk.builder
+    handle = b.slice(handle, 1, first) if first else handle
+    if step is not space:
+        index = _per_sample(walk, walk.ctx.index_between(step, space))
+        handle = b.gather(handle, 1, index)
+    if space.valid is not None:
+        handle = b.where(space.valid, handle, 0)
+    if not full or not space.reduced:
+        return handle
+    assert walk.batch is not None
+    axes = ((Factor(walk.batch, walk.batch.old),), (Factor(space, space.root.old),))
+    return restore(walk.ctx, Value(handle, axes, (walk.batch.old, space.root.old)), 1).handle
 
 
 def _per_sample(walk: Walk, index: Any) -> Any:

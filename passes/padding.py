@@ -41,6 +41,8 @@ def depends_on_input(node: fx.Node, user_inputs: set[fx.Node]) -> bool:
 def mask_operand(walk: Walk, sites: Sites, layer: int) -> fx.Node | None:
     """Return the node of the mask that a layer's attention adds or applies, or None."""
     site = sites.layers[layer].attention
+    if site is None:
+        return None
     nodes: dict[str, fx.Node] = walk.nodes
     if site.mask is not None:
         return nodes[site.mask]
@@ -69,17 +71,37 @@ def _has_product(node: fx.Node, steps: int = 6) -> bool:
     return any(_has_product(n, steps - 1) for n in node.all_input_nodes)
 
 
+def _refuse_masks(walk: Walk) -> None:
+    """Refuse a model without attention that is told by an input of its own which tokens are real."""
+    tensors = [n for n in walk.program.user_inputs if isinstance(n.meta.get("val"), torch.Tensor)]
+    if len(tensors) > 1:
+        names = ", ".join(f"`{walk.program.public_name(n)}`" for n in tensors[1:])
+        walk.ctx.fail(
+            f"a state-space model with further inputs ({names}): its scans do not tell which tokens are padding",
+            help="export it without a padding mask, for inputs of one length",
+        )
+
+
 def padding_of(walk: Walk, sites: Sites, layer: int) -> Any:
     """Return the real tokens of the root space, bool ``[B, N]``, or None when the model takes no padding mask.
 
     The mask of the layer's own attention says it: a token is real when some query may attend to it.
     """
     layer = min(layer, len(sites.layers) - 1)
+    if sites.layers[layer].mixer is not None:
+        _refuse_masks(walk)
     node = mask_operand(walk, sites, layer)
     if node is None or not depends_on_input(node, set(walk.program.user_inputs)):
         return None
-    mask, query = walk.env[node], walk.env[walk.nodes[sites.layers[layer].attention.query]]
-    if not isinstance(mask, Value) or not isinstance(query, Value):
+    attention = sites.layers[layer].attention
+    assert attention is not None
+    mask, rank = walk.env.get(node), walk.nodes[attention.query].meta["val"].ndim
+    if mask is None:
+        walk.ctx.fail(
+            f"the padding mask of layer {layer} is not there yet at this cut",
+            help="choose a cut behind the first layer's attention",
+        )
+    if not isinstance(mask, Value):
         return None
     b = walk.builder
     assert walk.batch is not None
@@ -87,7 +109,7 @@ def padding_of(walk: Walk, sites: Sites, layer: int) -> Any:
     if b.dtype(handle) != torch.bool:
         handle = b.compare("gt", handle, MASKED_BELOW)
     # [B, H or 1, N or 1, N] -> [B, N]: real when any head and any query may look. The leading axes may be missing.
-    full = mask.rank == query.rank
+    full = mask.rank == rank
     for axis in range(mask.rank - 2, 0 if full else -1, -1):
         one = isinstance(mask.old[axis], int) and mask.old[axis] == 1
         handle = b.squeeze(handle, axis) if one else b.call(aten.any.dim, handle, axis)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -17,7 +17,22 @@ from tokcc.ir.space import TokenSpace
 from tokcc.passes.budget import Count
 from tokcc.passes.cut import Chosen, Cut
 
-__all__ = ["OtherScore", "Piece", "Reducer", "Score", "Selector", "parts_of", "pieces", "resolve_piece", "scores_of"]
+__all__ = [
+    "OtherReducer",
+    "OtherScore",
+    "Piece",
+    "Reducer",
+    "Score",
+    "Selector",
+    "parts_of",
+    "pieces",
+    "resolve_piece",
+    "scores_of",
+]
+
+
+_USES = {"": "encoders", "prompt": "prompts of decoders", "cache": "caches of decoders"}
+"""What pieces are for, by where their folders lie."""
 
 
 class Piece(BaseModel):
@@ -54,6 +69,8 @@ class Selector(Piece):
     """Chooses tokens, or pairs of tokens."""
 
     wants_score: ClassVar[bool] = True
+    around_middle: ClassVar[bool] = False
+    """True when a protected token may stand between the candidates."""
     pairwise: ClassVar[bool] = False
     """True when tokens go in pairs, so that at most half of the candidates can."""
 
@@ -75,6 +92,12 @@ class Reducer(Piece):
     """Makes the smaller stream and its token space."""
 
     takes: ClassVar[tuple[type, ...]]
+    always: ClassVar[bool] = False
+    """True when tokens change even where as many are left."""
+    marks: ClassVar[bool] = False
+    """True when something is noted about the tokens, which stay what they are: there is no smaller space."""
+    bypasses: ClassVar[bool] = False
+    """True when the tokens that are not selected pass the layer behind the cut by and come back."""
 
     def reduce(self, cut: Cut, chosen: Any, child: TokenSpace) -> Any:
         """Return the reduced stream ``[B, K, C]`` and fill in the maps of ``child``."""
@@ -113,12 +136,20 @@ def resolve_piece(spec: PieceSpec, base: type[P], folder: str, where: str) -> P:
     known = pieces(folder)
     word = folder.removesuffix("s")
     if spec.kind not in known:
+        use = _elsewhere(spec.kind, folder)
+        if use is not None:
+            raise PolicyError(
+                f"the {word.rpartition('.')[2]} `{spec.kind}` is for {use}",
+                policy=where,
+                needed="one of " + ", ".join(sorted(known)),
+                help=f"use a method for {_USES[folder.rpartition('.')[0]]}: `tokcc presets` lists them",
+            )
         near = difflib.get_close_matches(spec.kind, known, n=1, cutoff=0.5)
         raise PolicyError(
             f"unknown {word} `{spec.kind}`",
             policy=where,
             needed="one of " + ", ".join(sorted(known)),
-            help=f"did you mean `{near[0]}`?" if near else None,
+            help=f"did you mean `{near[0]}`?" if near else "use one of these",
         )
     kind = known[spec.kind]
     try:
@@ -132,10 +163,19 @@ def resolve_piece(spec: PieceSpec, base: type[P], folder: str, where: str) -> P:
             policy=where,
             needed="parameters " + (", ".join(sorted(kind.model_fields)) or "none"),
             found=repr(first.get("input")),
-            help=f"did you mean `{near[0]}`?" if near and first["type"] == "extra_forbidden" else None,
+            help=_advice(kind, first["type"], key, near),
         ) from error
     assert isinstance(made, base)
     return made
+
+
+def _advice(kind: type[Piece], problem: str, key: str, near: Sequence[str]) -> str:
+    """Say what to write instead of a parameter that was not taken."""
+    if problem == "extra_forbidden":
+        return f"did you mean `{near[0]}`?" if near else "leave it out"
+    if problem == "missing":
+        return f"give `{key}` in the step: this depends on the model"
+    return f"`tokcc presets --show NAME` and the docstring of `{kind.__name__}` say what it takes"
 
 
 def parts_of(*given: Piece | None) -> Iterator[Piece]:
@@ -149,13 +189,32 @@ def parts_of(*given: Piece | None) -> Iterator[Piece]:
             yield from parts_of(*(part for part in own if isinstance(part, Piece)))
 
 
+def _elsewhere(kind: str, folder: str) -> str | None:
+    """Return what pieces of this kind are for, if they are no part of this folder but of one like it."""
+    own, _, group = folder.rpartition(".")
+    if group not in ("scores", "selectors", "reducers"):
+        return None
+    others = (other for other in _USES if other != own)
+    return next((_USES[other] for other in others if kind in pieces(f"{other}.{group}".lstrip("."))), None)
+
+
 def _other_score(value: Any, info: ValidationInfo) -> Any:
     where = (info.context or {}).get("where", "")
     return value if isinstance(value, Score) else resolve_piece(PieceSpec.model_validate(value), Score, "scores", where)
 
 
+def _other_reducer(value: Any, info: ValidationInfo) -> Any:
+    where = (info.context or {}).get("where", "")
+    if isinstance(value, Reducer):
+        return value
+    return resolve_piece(PieceSpec.model_validate(value), Reducer, "reducers", where)
+
+
 OtherScore = Annotated[Score, BeforeValidator(_other_score)]
 """A parameter of a piece that is a score, beside the step's own: ``by: {kind: attention_received, layer: 8}``."""
+
+OtherReducer = Annotated[Reducer, BeforeValidator(_other_reducer)]
+"""A parameter of a reducer that is another one, whose tokens it goes on with."""
 
 
 def scores_of(*given: Piece | None) -> Iterator[Score]:

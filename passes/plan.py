@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokcc.analysis.sites import Sites
-from tokcc.config import LoadedPolicy, PieceSpec, Step, find_conflict
-from tokcc.errors import AxisError, PlanError, PolicyError
+from tokcc.config import LoadedPolicy, PieceSpec, Step, find_conflict, load_policy
+from tokcc.errors import AxisError, PlanError, PolicyError, TokccError
 from tokcc.ir.builder import EagerBuilder
 from tokcc.ir.space import TokenSpace
 from tokcc.passes.budget import Count, resolve_budget
+from tokcc.passes.bypassing import refuse_cuts_inside
 from tokcc.passes.inputs import EngineInput, declared_inputs
-from tokcc.passes.piece import Reducer, Score, Selector, resolve_piece, scores_of
+from tokcc.passes.methods import library
+from tokcc.passes.piece import Piece, Reducer, Score, Selector, parts_of, resolve_piece, scores_of
 from tokcc.passes.reduction import PlannedReduction
 from tokcc.passes.trained import with_weights
 
@@ -64,12 +66,13 @@ class Plan:
         return data
 
 
-def make_plan(policy: LoadedPolicy, sites: Sites) -> Plan:
+def make_plan(policy: LoadedPolicy, sites: Sites, *, advise: bool = True) -> Plan:
     """Resolve a policy against a model.
 
     Args:
         policy: The validated policy.
         sites: What the model offers.
+        advise: Say in a refusal which presets the model takes, where it takes few.
 
     Raises:
         PlanError: A step cannot be applied: a layer that is not there, a class token that the model does not have.
@@ -86,13 +89,15 @@ def make_plan(policy: LoadedPolicy, sites: Sites) -> Plan:
         )
     made: list[TokenSpace] = []
     for number, step in enumerate(policy.policy.steps):
-        reductions += _plan_step(policy, number, step, sites, made)
-    reductions.sort(key=lambda r: (sites.order[r.cut], r.step))
+        reductions += _plan_step(policy, number, step, sites, made, advise=advise)
+    # What is at the end of a layer comes before what is in front of the next one.
+    reductions.sort(key=lambda r: (sites.order[r.cut], r.reduce.bypasses, r.step))
+    refuse_cuts_inside(sites, reductions)
     return Plan(policy, sites, tuple(reductions), tuple(_shortfalls(reductions, sites)), made)
 
 
 def _plan_step(
-    policy: LoadedPolicy, number: int, step: Step, sites: Sites, made: list[TokenSpace]
+    policy: LoadedPolicy, number: int, step: Step, sites: Sites, made: list[TokenSpace], *, advise: bool
 ) -> list[PlannedReduction]:
     where = policy.where(("steps", number))
     if step.node in ("evict_kv", "store_kv"):
@@ -126,12 +131,25 @@ def _plan_step(
     try:
         counts = resolve_budget(step.budget, layers, len(sites.layers))
     except ValueError as error:
-        raise PlanError(str(error), policy=policy.where(("steps", number, "budget"))) from error
+        raise PlanError(
+            str(error),
+            policy=policy.where(("steps", number, "budget")),
+            help=f"choose as many layers with `at: {{layers: ...}}`, or a budget for {len(layers)}",
+        ) from error
     score, select, reduce = _pieces(policy, number, step)
     first = sites.prefix if step.protect.first == "auto" else int(step.protect.first)
     last = step.protect.last or (sites.suffix if step.protect.first == "auto" else 0)
+    middle = sites.middle if step.protect.first == "auto" else None
+    _check_mixing(policy, number, step, tuple(parts_of(score, select, reduce)), layers, sites, advise)
+    if sites.middle is not None and not select.around_middle:
+        raise PlanError(
+            f"the class token of this model stands in the middle, and `{select.kind}` cannot keep it there",
+            policy=policy.where(("steps", number, "select")),
+            needed="a selector that keeps as many tokens in front of it as behind it",
+            help="use `select: {kind: topk}`",
+        )
     _check_needs(policy, number, tuple(scores_of(score, select)), sites, first)
-    if not any(select.removes(count) for count in counts):
+    if not reduce.always and not any(select.removes(count) for count in counts):
         return []
     sizes = _sizes(sites, sites.cut(layers[0], step.at.site), layers[0], counts[0]) | {"stages": len(layers)}
     if score is not None:
@@ -140,9 +158,9 @@ def _plan_step(
     reduce = with_weights(reduce, sizes, folder=policy.folder, where=policy.where(("steps", number, "reduce")))
     result: list[PlannedReduction] = []
     for stage, (layer, count) in enumerate(zip(layers, counts, strict=True)):
-        if not select.removes(count):
+        if not reduce.always and not select.removes(count):
             continue
-        cut = _cut(policy, number, step, sites, layer)
+        cut = _cut(policy, number, step, sites, layer, bypasses=reduce.bypasses)
         result.append(
             PlannedReduction(
                 step=number,
@@ -164,6 +182,7 @@ def _plan_step(
                 made=made,
                 stage=stage,
                 stages=len(layers),
+                middle=middle,
             )
         )
     return result
@@ -182,7 +201,11 @@ def _layers(policy: LoadedPolicy, number: int, step: Step, sites: Sites) -> tupl
             help="`tokcc inspect MODEL` lists the layers",
         ) from error
     if not layers:
-        raise PlanError("no layer is chosen", policy=policy.where(("steps", number, "at", "layers")))
+        raise PlanError(
+            "no layer is chosen",
+            policy=policy.where(("steps", number, "at", "layers")),
+            help="`tokcc inspect MODEL` lists the layers",
+        )
     return layers
 
 
@@ -208,7 +231,8 @@ def _pieces(policy: LoadedPolicy, number: int, step: Step) -> tuple[Score | None
 
 def _sizes(sites: Sites, cut: str | None, layer: int, count: Count) -> dict[str, int]:
     """Return the numbers that trained pieces may count on, as far as they are known."""
-    query = sites.axes.get(sites.layers[layer].attention.query) if sites.layers else None
+    attention = sites.layers[layer].attention if sites.layers else None
+    query = None if attention is None else sites.axes.get(attention.query)
     known: dict[str, Any] = {
         "C": sites.axes[cut].old[-1] if cut in sites.axes else None,
         "heads": query.old[1] if query is not None and query.rank == 4 else None,
@@ -217,6 +241,61 @@ def _sizes(sites: Sites, cut: str | None, layer: int, count: Count) -> dict[str,
         "K": int(count.amount) if count.kind == "tokens" else None,
     }
     return {name: size for name, size in known.items() if isinstance(size, int)}
+
+
+def _check_mixing(
+    policy: LoadedPolicy,
+    number: int,
+    step: Step,
+    parts: Sequence[Piece],
+    layers: Sequence[int],
+    sites: Sites,
+    advise: bool,
+) -> None:
+    """Refuse pieces that read what the chosen layers have not got: attention, or a state-space mixer."""
+    if not sites.layers:
+        return
+    without = [layer for layer in layers if sites.layers[layer].attention is None]
+    reader = next((p for p in parts if _reads_attention(p)), None)
+    scanned = [layer for layer in without if sites.layers[layer].mixer is not None]
+    if (without and reader is not None) or (scanned and step.at.site == "after_attention"):
+        everywhere = all(layer.attention is None for layer in sites.layers)
+        what = "the model has no attention" if everywhere else f"layer {without[0]} has no attention"
+        by = "" if reader is None else f", and `{reader.kind}` reads it"
+        raise PlanError(
+            what + (by or ", and the step cuts after it"),
+            policy=policy.where(("steps", number, "at" if reader is None else "score")),
+            needed="layers whose tokens attend to all of them; here a state-space scan mixes them, or they sample",
+            help=("" if reader is not None else "cut at `site: block_output`; ")
+            + (_fitting_presets(sites) if everywhere and advise else "`tokcc inspect MODEL` says what fits"),
+        )
+    mixed = [layer for layer in layers if sites.layers[layer].mixer is None]
+    reader = next((p for p in parts if "mixer" in p.needs), None)
+    if mixed and reader is not None:
+        raise PlanError(
+            f"`{reader.kind}` reads a state-space mixer, and layer {mixed[0]} has none",
+            policy=policy.where(("steps", number, "score")),
+            needed="a state-space model: `state = decay * state + update` over its tokens (Mamba, Vision Mamba)",
+            help="this layer attends: use a score such as `attention_received`, or `norm` of the features",
+        )
+
+
+def _reads_attention(piece: Piece) -> bool:
+    return "attention" in piece.needs or getattr(piece, "of", None) in ("keys", "values", "queries")
+
+
+def _fitting_presets(sites: Sites) -> str:
+    """Say which presets can be planned on a model."""
+    names = [name for name in library() if _fits(name, sites)]
+    listed = ", ".join(f"`{name}`" for name in names)
+    return f"presets that fit this model: {listed}" if names else "`tokcc inspect MODEL` says what fits"
+
+
+def _fits(name: str, sites: Sites) -> bool:
+    try:
+        return bool(make_plan(load_policy(name, presets=library()), sites, advise=False).reductions)
+    except TokccError:
+        return False
 
 
 def _check_needs(policy: LoadedPolicy, number: int, scores: Sequence[Score], sites: Sites, first: int) -> None:
@@ -231,7 +310,29 @@ def _check_needs(policy: LoadedPolicy, number: int, scores: Sequence[Score], sit
         )
 
 
-def _cut(policy: LoadedPolicy, number: int, step: Step, sites: Sites, layer: int) -> str:
+def _check_bypass(policy: LoadedPolicy, number: int, step: Step, sites: Sites, layer: int, *, bypasses: bool) -> None:
+    if bypasses != (step.at.site == "block_input"):
+        raise PlanError(
+            "tokens pass a layer by that stands behind the cut"
+            if bypasses
+            else "in front of a layer tokens can only pass it by",
+            policy=policy.where(("steps", number, "at")),
+            needed="`site: block_input` with `reduce: {kind: bypass}`",
+            help=None if bypasses else "for other reductions use `site: block_output` of the layer before",
+        )
+    block = sites.layers[layer] if bypasses else None
+    if block is not None and block.block_output is None:
+        raise PlanError(
+            f"layer {layer} has no cut `block_output`, where tokens that pass it by would come back",
+            policy=policy.where(("steps", number, "at")),
+            node=block.label,
+            found=block.no_cut or "none",
+            help="choose other layers (`tokcc inspect MODEL`)",
+        )
+
+
+def _cut(policy: LoadedPolicy, number: int, step: Step, sites: Sites, layer: int, *, bypasses: bool) -> str:
+    _check_bypass(policy, number, step, sites, layer, bypasses=bypasses)
     if not sites.layers:
         return sites.encoder_output  # see tokcc.analysis.projected
     block = sites.layers[layer]
@@ -268,7 +369,10 @@ def _shortfalls(reductions: Sequence[PlannedReduction], sites: Sites) -> Iterato
     for reduction in reductions:
         if reduction.select.of_batch:
             break  # how many tokens a sample has from here on is not known
-        count, protected = reduction.count, reduction.first + reduction.last
+        if reduction.reduce.marks or reduction.reduce.bypasses:
+            continue
+        count = reduction.count
+        protected = reduction.first + reduction.last + (reduction.middle is not None)
         candidates = max(tokens - protected, 0)
         most = candidates // 2 if reduction.select.pairwise else max(candidates - 1, 0)
         if count.kind == "remove" and count.amount > most:

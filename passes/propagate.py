@@ -23,6 +23,7 @@ from tokcc.ir.builder import Builder, GraphBuilder
 from tokcc.ir.edit import fake_mode_of, remove_dead
 from tokcc.ir.program import PassResult, Program
 from tokcc.ir.value import Value
+from tokcc.passes.bypassing import bypassed_layers, narrowing
 from tokcc.passes.give_back import GiveBack
 from tokcc.passes.inputs import refuse_taken_names
 from tokcc.passes.outputs import OutputPlan, contract_outputs, plan_outputs
@@ -43,10 +44,13 @@ def reduce_walk(
     actions: dict[str, list[Action]] = {}
     for reduction in plan.reductions:
         actions.setdefault(reduction.cut, []).append(reduction)
+    bypassed = bypassed_layers(program, plan.sites, plan.reductions)
+    for name, layer in bypassed.items():
+        actions[name] = [layer, *actions.get(name, ())]  # what else is cut there is cut of all tokens
     outputs = plan_outputs(program, plan)
     if outputs.restore_at is not None:
         actions.setdefault(outputs.restore_at, []).append(GiveBack())
-    walk = Walk(program, builder, plan.sites.entry, actions=actions, inputs=inputs)
+    walk = Walk(program, builder, plan.sites.entry, actions=actions, inputs=inputs, on_operand=narrowing(bypassed))
     made = len(plan.made)
     try:
         values = walk.run()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,8 @@ class PlannedReduction:
     """Which of the step's layers this is."""
     stages: int = 1
     """How many layers the step has."""
+    middle: int | None = None
+    """Place in the unreduced model of a protected token between the others."""
 
     def apply(self, walk: Walk, node: fx.Node, value: Value) -> Value:
         """Emit the reduction and return the reduced stream."""
@@ -110,6 +112,10 @@ class PlannedReduction:
             stage=self.stage,
             stages=self.stages,
             ahead=ahead_of(walk, self.sites, node, value, self.first),
+            stream=_stream_source(walk, self.sites, space, {node.name: value}),
+            middle=_place(space, self.middle),
+            initial_middle=self.middle,
+            mixed=_mixer_source(walk, self.sites, space, self.layer),
         )
         if self._nothing_to_remove(cut):
             self.made.append(space)
@@ -117,7 +123,14 @@ class PlannedReduction:
         score = None if self.score is None else self.score.emit(cut)
         chosen = self.select.select(cut, score)
         if not isinstance(chosen, self.reduce.takes):
-            walk.ctx.fail(f"`{self.reduce.kind}` cannot take what `{self.select.kind}` selects")
+            walk.ctx.fail(
+                f"`{self.reduce.kind}` cannot take what `{self.select.kind}` selects",
+                help="`drop` goes with selectors of single tokens, `weighted_mean` with those of pairs",
+            )
+        if self.reduce.marks:
+            self.reduce.reduce(cut, chosen, space)
+            self.made.append(space)
+            return value
         if self._removes_nothing(cut, chosen):
             # What the selector emitted is read by nobody, and goes.
             self.made.append(space)
@@ -131,24 +144,46 @@ class PlannedReduction:
             suffix=self.last,
             step=self.step,
             restore=self.restore,
+            sequence=False,
         )
         reduced = self.reduce.reduce(cut, chosen, child)
+        if self.reduce.bypasses:
+            walk.notes["bypass", self.layer] = child
+            self.made.append(space)
+            return value
+        place = getattr(chosen, "middle", None)
+        child.sequence = child.sequence or child.ascending
+        if cut.middle is not None and place is not None:
+            child.fixed = {cut.middle: place}
         b.mark_prefix(reduced, x, self.first)
         self.made.append(child)
         axes = list(value.axes)
         axes[axis] = (Factor(child, space.root.old),)
         handle = reduced if axis == 1 else b.transpose(reduced, 0, 1)
-        return value.having(handle=handle, axes=tuple(axes), side=False)
+        value = value.having(handle=handle, axes=tuple(axes), side=False)
+        return value if b.shape(reduced)[2] == b.shape(x)[2] else self._rewidened(walk, node, value)
+
+    def _rewidened(self, walk: Walk, node: fx.Node, value: Value) -> Value:
+        """Return a stream whose tokens have another width, with which the program must end."""
+        width, old = walk.builder.shape(value.handle)[2], value.old[2]
+        if any(user.op != "output" for user in node.users):
+            walk.ctx.fail(
+                f"`{self.reduce.kind}` makes tokens of width {width}, and what follows counts on {old}",
+                help=f"cut where the tokens leave the model, or use weights that make {old}",
+            )
+        return value.having(axes=(*value.axes[:2], (Factor(None, width),)), old=(*value.old[:2], width))
 
     def _nothing_to_remove(self, cut: Cut) -> bool:
         """True in a program of static length with at most one candidate: the last one always stays."""
-        return isinstance(self.sites.tokens, int) and isinstance(cut.candidates, int) and cut.candidates <= 1
+        fixed = isinstance(self.sites.tokens, int) and isinstance(cut.candidates, int)
+        return fixed and cut.candidates <= 1 and not self.reduce.always
 
     def _removes_nothing(self, cut: Cut, chosen: Chosen) -> bool:
         """True where every token stays, whatever the input: in a program of static length and without padding."""
         sizes = (self.sites.tokens, cut.tokens, chosen.size)
         always_full = cut.valid is None and getattr(chosen, "valid", None) is None
-        return always_full and all(isinstance(size, int) for size in sizes) and chosen.size == cut.tokens
+        same = all(isinstance(size, int) for size in sizes) and chosen.size == cut.tokens
+        return always_full and same and not self.reduce.always
 
 
 def _current_space(walk: Walk, value: Value) -> tuple[TokenSpace, int]:
@@ -156,6 +191,29 @@ def _current_space(walk: Walk, value: Value) -> tuple[TokenSpace, int]:
         if len(factors) == 1 and factors[0].space is not None and not factors[0].space.is_batch:
             return factors[0].space, axis
     walk.ctx.fail("the token axis is not known at this cut")
+
+
+def _place(space: TokenSpace, middle: int | None) -> int | None:
+    """Return where a protected token of the unreduced model stands now."""
+    for step in space.chain[1:]:
+        middle = None if middle is None else step.fixed.get(middle)
+    return middle
+
+
+def _mixer_source(walk: Walk, sites: Sites, space: TokenSpace, layer: int) -> Callable[[], Any]:
+    """Return what reads the output of a layer's state-space mixer, ``[B, N, E]``."""
+
+    def mixed() -> Any:
+        mixer = sites.layers[layer].mixer if sites.layers else None
+        if mixer is None:
+            walk.ctx.fail("this layer has no state-space mixer", help="use a score on `features`, or on attention")
+        value = _aligned(walk, walk.env[walk.nodes[mixer.output]], space)
+        batch, tokens = value.batch_axis(), value.axis_of(space)
+        if value.rank != 3 or batch is None or tokens is None:
+            walk.ctx.fail("what this layer's mixer gives is not one vector for each token")
+        return walk.builder.permute(value.handle, [batch, tokens, 3 - batch - tokens])
+
+    return mixed
 
 
 def _attention_source(walk: Walk, sites: Sites, space: TokenSpace, own: int) -> Callable[..., AttentionView]:
@@ -169,6 +227,11 @@ def _attention_source(walk: Walk, sites: Sites, space: TokenSpace, own: int) -> 
             )
         block = sites.layers[own if layer is None else layer]
         site = block.attention
+        if site is None:
+            walk.ctx.fail(
+                f"layer {block.index} has no attention: a state-space scan mixes its tokens",
+                help="use a score or metric on `features`, or the score `mixer_output`",
+            )
         if block.windowed is not None:
             walk.ctx.fail(
                 "the attention of this layer runs in windows, so its scores do not compare all tokens",
@@ -203,6 +266,23 @@ def _attention_source(walk: Walk, sites: Sites, space: TokenSpace, own: int) -> 
         return AttentionView(q, k, v, mask, 1.0 if site.scale is None else site.scale, probs, attended)
 
     return attention
+
+
+def _stream_source(walk: Walk, sites: Sites, space: TokenSpace, own: Mapping[str, Value]) -> Callable[[int], Any]:
+    """Return what reads the output of a layer in the current token space, ``[B, N, C]``; the cut is not walked yet."""
+
+    def stream(layer: int) -> Any:
+        name = sites.layers[layer].block_output if sites.layers else None
+        value = None if name is None else own.get(name) or walk.env.get(walk.nodes[name])
+        if not isinstance(value, Value) or value.rank != 3 or not value.spaces:
+            walk.ctx.fail(
+                f"the output of layer {layer} is not a stream of tokens that can be read here",
+                help="choose layers that are behind each other, before the cut, in the tower that is cut",
+            )
+        value = _aligned(walk, value, space)
+        return value.handle if value.axis_of(space) == 1 else walk.builder.transpose(value.handle, 0, 1)
+
+    return stream
 
 
 def _joined(walk: Walk, mask: Any, bias: Any) -> Any:

@@ -11,7 +11,7 @@ from pydantic import Field
 from tokcc.passes.cut import Cut
 from tokcc.passes.inputs import EngineInput, Guided
 
-__all__ = ["TextGuided"]
+__all__ = ["TextGuided", "TextVector"]
 
 
 class TextGuided(Guided):
@@ -50,3 +50,21 @@ class TextGuided(Guided):
         count = b.unsqueeze(self.read(b, f"{self.text}_count", sizes, cut.x), 1)
         true = b.compare("lt", b.unsqueeze(b.arange(b.size(rows, 1), cut.x), 0), count)
         return rows, true, b.cast(count, torch.float32)
+
+
+class TextVector(Guided):
+    """A piece that reads one vector of a text.
+
+    Attributes:
+        text: Name of the input, fp32 ``[B, D]``.
+    """
+
+    text: str = Field(default="text_vector", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+
+    def inputs(self) -> Sequence[EngineInput]:
+        """Return the vector."""
+        return (EngineInput(self.text, ("B", "D"), "a vector of the text that guides the reduction"),)
+
+    def read_vector(self, cut: Cut, width: int) -> Any:
+        """Return the vector, fp32 ``[B, width]``."""
+        return self.read(cut.b, self.text, {"B": cut.batch.size, "D": width}, cut.x)

@@ -30,13 +30,15 @@ def test_presets_md_is_what_the_tool_writes() -> None:
 def test_presets_md_has_every_method_as_its_file_says() -> None:
     found = rows()
     assert sorted(found) == FILES
-    for name, (_, title, paper, nodes, needs, fidelity, _, _) in found.items():
+    for name, (_, title, paper, nodes, needs, fidelity, _, fits, _) in found.items():
         given = yaml.safe_load((ROOT / "passes" / "methods" / f"{name}.yaml").read_text(encoding="utf-8"))
         assert title == given["title"]
         assert given["paper"].removeprefix("arXiv:") in paper
         assert set(nodes.split(", ")) == {step["node"] for step in given["steps"]}
         assert needs == (", ".join(given.get("needs") or []) or "-")
         assert fidelity == given["fidelity"]
+        runs = re.fullmatch(r"\[[1-9]\d* of \d+\]\(.*contract_matrix.json\)", fits)
+        assert runs, f"run `python -m tests.zoo.contract --presets {name}`, then `python tools/tables.py`"
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from tokcc.analysis.sites import find_sites
 from tokcc.analysis.walk import eager_inputs
 from tokcc.capture.export import clean
+from tokcc.capture.functional import functional
 from tokcc.config import load_policy
 from tokcc.ir.builder import EagerBuilder
 from tokcc.ir.program import Program
@@ -30,7 +31,7 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], dynamic_shapes: Any =
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         exported = torch.export.export(module.eval(), (), dict(inputs), dynamic_shapes=dynamic_shapes, strict=False)
-        return clean(Program.from_exported(exported.run_decompositions({})))
+        return clean(Program.from_exported(functional(exported)))
 
 
 def plan_for(program: Program, policy: str | Path | Mapping[str, Any]) -> Plan:

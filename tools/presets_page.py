@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = "docs/presets.md"
 METHODS = ROOT / "passes" / "methods"
 RESULTS = ROOT / "benchmarks" / "results"
+MATRIX = RESULTS / "contract_matrix.json"
 ORACLES = ("tests/passes/methods", "tests/decoders/methods", "tests/prompt")
 """Folders of the tests that compare a method with a brute force of its paper."""
 
@@ -29,7 +30,9 @@ parameters, `tokcc inspect MODEL` which of them fit a model and why others do no
 
 **Written after**: `code` the authors' code, `paper` the paper's formulas, `abstract` only its summary; what is left out
 or approximated is in the notes of `--show`. **Oracle**: the test that compares the method with an independent brute
-force of its rule. **Measured**: the files of `benchmarks/results` that have numbers of it.
+force of its rule. **Fits**: on how many architectures of the contract matrix (`tests/zoo/contract.py`, tiny models with
+random weights) its engine equals the eager oracle; on the others it is refused with a reason and what to do, see below.
+**Measured**: the files of `benchmarks/results` that have numbers of it.
 
 Written by `python tools/tables.py` from `passes/methods`, `tests` and `benchmarks/results`; do not edit by hand.
 """
@@ -47,9 +50,47 @@ def page() -> str:
     every = load_presets(METHODS)
     parts = [_INTRO.format(count=len(every))]
     for title, kind in _SECTIONS:
-        rows = [_row(preset, every) for preset in every.values() if _kind(preset) == kind]
+        rows = [_row(preset, every) for preset in every.values() if kind_of(preset) == kind]
         parts.append(f"## {title} ({len(rows)})\n\n{_table(rows)}\n")
+    parts.append(_architectures(every))
     return "\n".join(parts)
+
+
+def _architectures(every: Mapping[str, Preset]) -> str:
+    """Return a section with what fits each architecture and what is refused."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, cells in _matrix().items():
+        for status, models in cells.items() if name in every else ():
+            for model in models:
+                found.setdefault(model, {}).setdefault(status, []).append(f"`{name}`")
+    rows = []
+    for model, by_status in sorted(found.items()):
+        runs, refused = (by_status.get(status, []) for status in ("ok", "refused"))
+        rows.append([f"`{model}`", f"{len(runs)} of {len(runs) + len(refused)}", ", ".join(refused) or "-"])
+    return (
+        f"## Architectures ({len(rows)})\n\nWhat the [contract matrix]({_link(MATRIX)}) has of each; `@dynamic` is "
+        "with symbolic batch and\nlength. A method for encoders fits no decoder, and the other way round.\n\n"
+        f"{_lines(['architecture', 'run', 'refused'], rows)}\n"
+    )
+
+
+@cache
+def _matrix() -> dict[str, dict[str, dict[str, Any]]]:
+    """Return by preset and status the models of the contract matrix."""
+    if not MATRIX.is_file():
+        return {}
+    cells: dict[str, dict[str, dict[str, Any]]] = json.loads(MATRIX.read_text(encoding="utf-8"))["presets"]
+    return cells
+
+
+def _fits(name: str) -> str:
+    by_status = _matrix().get(name, {})
+    runs, refused = (sum("@" not in model for model in by_status.get(status, ())) for status in ("ok", "refused"))
+    return f"[{runs} of {runs + refused}]({_link(MATRIX)})" if runs + refused else "-"
+
+
+def _link(path: Path) -> str:
+    return f"../{path.relative_to(ROOT).as_posix()}"
 
 
 def oracle_test(name: str, every: Mapping[str, Preset]) -> Path | None:
@@ -114,7 +155,8 @@ def _presets_of(value: Any) -> Iterator[str]:
             yield from _presets_of(item)
 
 
-def _kind(preset: Preset) -> str:
+def kind_of(preset: Preset) -> str:
+    """Return what a preset is for: `encoder`, `prompt` or `cache`."""
     if any(node in ("evict_kv", "store_kv") for node in preset.nodes):
         return "cache"
     return "prompt" if any(step.get("at", {}).get("part") == "decoder" for step in preset.steps) else "encoder"
@@ -127,7 +169,7 @@ def _row(preset: Preset, every: Mapping[str, Preset]) -> list[str]:
     measured = ", ".join(f"[{stem}](../benchmarks/results/{stem}.json)" for stem in measured_in(preset.name)) or "-"
     needs = ", ".join(preset.needs) or "-"
     cells = [source, preset.title, _paper(preset.paper), ", ".join(preset.nodes), needs, preset.fidelity]
-    return [cell.replace("|", "\\|") for cell in [*cells, oracle, measured]]
+    return [cell.replace("|", "\\|") for cell in [*cells, oracle, _fits(preset.name), measured]]
 
 
 def _paper(paper: str) -> str:
@@ -136,6 +178,9 @@ def _paper(paper: str) -> str:
 
 
 def _table(rows: list[list[str]]) -> str:
-    head = ["preset", "method", "paper", "nodes", "needs", "written after", "oracle", "measured"]
+    return _lines(["preset", "method", "paper", "nodes", "needs", "written after", "oracle", "fits", "measured"], rows)
+
+
+def _lines(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

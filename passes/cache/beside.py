@@ -127,6 +127,7 @@ def refuse_beside(program: Program, where: str, name: str) -> None:
             policy=where,
             needed=f"a model with an input `{TOKENS}` [batch, tokens]",
             found="inputs " + ", ".join(program.public_name(node) for node in program.user_inputs[:4]),
+            help="export the decoder with token ids, or use a method that reads the prompt alone, such as `snapkv`",
         )
     known = (ids, *(node for node in _by_token(program, ids) if "position" in node.name))
     for node in program.user_inputs:
@@ -138,6 +139,7 @@ def refuse_beside(program: Program, where: str, name: str) -> None:
                 policy=where,
                 node=program.public_name(node),
                 needed="a model that takes tokens, positions and a mask",
+                help="export the model without this input, or use a method that reads the prompt alone",
             )
     for value in _outputs(program):
         fake = value.meta["val"]
@@ -148,6 +150,7 @@ def refuse_beside(program: Program, where: str, name: str) -> None:
                 node=value.name,
                 needed="outputs with a row for every token",
                 found=f"{list(fake.shape)}",
+                help="export the model without this output, or use a method that reads the prompt alone",
             )
 
 

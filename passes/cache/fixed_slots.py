@@ -110,6 +110,7 @@ def _slots(place: str, windows: Sequence[int], evictions: Sequence[PlannedEvicti
             policy=place,
             needed=f"a capacity of at least {widest - 1}, for windows of {widest} tokens",
             found=str(slots),
+            help=f"write `budget: {{tokens: {widest - 1}}}` or more, or use `layout: merged`",
         )
     return slots
 

@@ -98,6 +98,7 @@ def _refuse_shorter_prompts(plan: CachePlan) -> None:
                 f" {eviction.layer}",
                 policy=eviction.where,
                 needed="layers in front of the cut, or a method that leaves keys as they are",
+                help=f"give the step layers up to {eviction.layer - 1}, or `positions: keep`",
             )
 
 
@@ -131,12 +132,18 @@ def _last_token_outputs(policy: LoadedPolicy, program: Program, sites: Sequence[
     for name, contract in policy.policy.outputs.items():
         place = policy.where(("outputs", name))
         if name != "*" and name not in names:
-            raise PlanError(f"the model has no output `{name}`", policy=place, needed="one of " + ", ".join(names))
+            raise PlanError(
+                f"the model has no output `{name}`",
+                policy=place,
+                needed="one of " + ", ".join(names),
+                help='use one of these names, or `"*"` for all of them',
+            )
         if contract not in ("full", "last_token"):
             raise PlanError(
                 f"`{name}` of a decoder cannot be `{contract}`",
                 policy=place,
                 needed="`full`, or `last_token`: the row that generation reads",
+                help=f"write `outputs: {{{name}: last_token}}`, or leave it out",
             )
         if contract == "last_token":
             yield from names.values() if name == "*" else [names[name]]
@@ -158,6 +165,7 @@ def _plan_step(
             f"`{step.node}` steps are not available for decoders in this version of tokcc",
             policy=policy.where(("steps", number, "node")),
             needed="prune, evict_kv or store_kv",
+            help="use a method for decoders: `tokcc presets` lists them",
         )
     layers = _layers(policy, number, step, windows, warnings)
     score, select, reduce = _with_weights(policy, number, _pieces(policy, number, step), forms)
@@ -183,6 +191,7 @@ def _plan_step(
                 policy=policy.where(("steps", number, "budget")),
                 needed=f"a capacity of at least {least}: {sinks} sinks and {least - sinks} recent tokens",
                 found=str(fixed),
+                help="give a larger budget, or fewer protected tokens",
             )
         rotations = None
         if step.positions == "compact":
@@ -255,12 +264,17 @@ def _capacities(
     try:
         counts = resolve_budget(step.budget, layers, num_layers)
     except ValueError as error:
-        raise PlanError(str(error), policy=policy.where(("steps", number, "budget"))) from error
+        raise PlanError(
+            str(error),
+            policy=policy.where(("steps", number, "budget")),
+            help=f"choose as many layers with `at: {{layers: ...}}`, or a budget for {len(layers)}",
+        ) from error
     if any(count.kind == "remove" for count in counts):
         raise PlanError(
             "`remove` is not a cache capacity",
             policy=policy.where(("steps", number, "budget")),
             needed="`tokens`, `keep`, `schedule` or `kv`",
+            help="say how many entries stay: `budget: {tokens: 512}`",
         )
     return counts
 

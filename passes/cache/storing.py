@@ -86,6 +86,7 @@ def add_storages(
             f"every chosen layer has a sliding window, and nothing can be taken out of what `{step.name}` holds",
             policy=place,
             needed="layers that see the whole sequence, or a storage such as `codes`",
+            help="use a method that holds tokens one by one, such as `agent-memory-q4`",
         )
     if storage.placed and (sliding or len(layers) < len(forms)):
         raise PlanError(
@@ -93,6 +94,7 @@ def add_storages(
             policy=place,
             needed="all layers, without sliding windows",
             found=f"layers {', '.join(str(layer) for layer in layers if layer not in sliding)} of {len(forms)}",
+            help="use `at: {layers: all}` and a model without sliding windows",
         )
     for layer in layers:
         if layer in sliding:
@@ -108,7 +110,10 @@ def add_storages(
             storage.check(forms[layer])
         except ValueError as error:
             raise PlanError(
-                f"`{step.name}` cannot hold the cache of layer {layer}", policy=place, needed=str(error)
+                f"`{step.name}` cannot hold the cache of layer {layer}",
+                policy=place,
+                needed=str(error),
+                help="change the parameters of `store`, or choose other layers",
             ) from error
         rotations = key_rotations(program, sites[layer], place) if storage.placed else None
         storages[layer] = PlannedStorage(
@@ -135,7 +140,11 @@ def _rating(
     place = policy.where(("steps", number, "score"))
     if not storage.rated:
         if step.score is not None:
-            raise PolicyError(f"`{storage.kind}` holds all entries alike: nothing rates them", policy=place)
+            raise PolicyError(
+                f"`{storage.kind}` holds all entries alike: nothing rates them",
+                policy=place,
+                help="leave `score` out, or use `store: {kind: quotas}`",
+            )
         return None
     if step.score is None:
         raise PolicyError(
@@ -151,6 +160,7 @@ def _rating(
             policy=place,
             needed=f"a model with an input `{TOKENS}` [batch, tokens]",
             found="inputs " + ", ".join(program.public_name(node) for node in program.user_inputs[:4]),
+            help="export the decoder with token ids instead of embeddings",
         )
     return with_weights(rating, _sizes(ids), folder=policy.folder, where=place)
 

@@ -17,6 +17,7 @@ __all__ = ["find_branch"]
 
 aten = torch.ops.aten
 _PROJECTIONS = (aten.linear.default, aten.addmm.default, aten.mm.default)
+_VIEWS = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
 _MAX_STEPS = 64
 
 
@@ -45,12 +46,15 @@ def find_branch(
     if nodes[total].target is not aten.add.Tensor or len(added) != 1:
         raise _other(nodes[total])
     last = _projection(added[0])
-    first = _projection(nodes[sites[layer].query] if kind == "attention" else last.all_input_nodes[0])
+    first = _projection(nodes[sites[layer].query] if kind == "attention" else _read(last))
     return _read(first), added[0], _read(last)
 
 
 def _read(projection: fx.Node) -> fx.Node:
+    """Return what a projection reads, ``[B, N, C]``: some read all rows of a batch as one axis."""
     given: Any = projection.args[1 if projection.target is aten.addmm.default else 0]
+    while given.meta["val"].ndim == 2 and given.target in _VIEWS:
+        given = given.args[0]
     return given  # type: ignore[no-any-return]  # a projection reads a node
 
 
@@ -70,7 +74,8 @@ def _projection(node: fx.Node) -> fx.Node:
 
 def _other(node: fx.Node) -> AxisError:
     return AxisError(
-        "the score reads what attention and MLP add to the stream",
+        "the score reads what attention and MLP add to the stream, and they are not told apart here",
         node=node.name,
         needed="layers in which the two are added one after the other",
+        help="use a method that reads attention alone, such as `fastv`",
     )

@@ -109,13 +109,19 @@ def _segments(policy: LoadedPolicy, number: int, step: Step) -> tuple[Segment, .
             policy=policy.where(("segments", name)),
             needed="`{input_ids: ID}`, with `tokens: N` where their number is known, or `{start: A, stop: B}`",
             found=found,
+            help=f"add for instance `segments: {{{name}: {{input_ids: 32000, tokens: 576}}}}`",
         ) from error
     kept = step.protect.segment
     if kept is None:
         return ()
     names = [segment.name for segment in declared]
     if kept != TEXT and kept not in names:
-        raise PolicyError(f"there is no segment `{kept}`", policy=place, needed="one of " + ", ".join((TEXT, *names)))
+        raise PolicyError(
+            f"there is no segment `{kept}`",
+            policy=place,
+            needed="one of " + ", ".join((TEXT, *names)),
+            help="name one of `segments`, or `text` for all that is in none of them",
+        )
     chosen = tuple(segment for segment in declared if segment.name != kept)
     if len({segment.start is None for segment in chosen}) > 1:
         raise PolicyError(
@@ -123,6 +129,7 @@ def _segments(policy: LoadedPolicy, number: int, step: Step) -> tuple[Segment, .
             policy=place,
             needed="segments of one kind",
             found=", ".join(segment.name for segment in chosen),
+            help="give both `input_ids`, or both `start` and `stop`",
         )
     if not chosen:
         raise PolicyError(
@@ -145,7 +152,7 @@ def _plan_step(policy: LoadedPolicy, number: int, step: Step, cuts: DecoderCuts,
             needed=f"layers between 0 and {num_layers - 2}: the model has {num_layers}, and the cut is behind a layer",
             help="`tokcc inspect MODEL` lists the layers",
         ) from error
-    if step.at.site == "encoder_output":
+    if step.at.site not in ("block_output", "after_attention"):
         raise PlanError(
             "a decoder's prompt is cut between its layers",
             policy=place,
@@ -156,7 +163,11 @@ def _plan_step(policy: LoadedPolicy, number: int, step: Step, cuts: DecoderCuts,
     try:
         counts = resolve_budget(step.budget, layers, num_layers)
     except ValueError as error:
-        raise PlanError(str(error), policy=policy.where(("steps", number, "budget"))) from error
+        raise PlanError(
+            str(error),
+            policy=policy.where(("steps", number, "budget")),
+            help=f"choose as many layers with `at: {{layers: ...}}`, or a budget for {len(layers)}",
+        ) from error
     score, select, reduce = _pieces(policy, number, step)
     result = []
     for layer, count in zip(layers, counts, strict=True):
@@ -167,6 +178,7 @@ def _plan_step(policy: LoadedPolicy, number: int, step: Step, cuts: DecoderCuts,
                 f"no layer is behind layer {layer}: nothing would get shorter",
                 policy=place,
                 needed=f"layers up to {num_layers - 2}",
+                help="choose an earlier layer",
             )
         if name is None:
             raise PlanError(f"layer {layer} has no cut `{step.at.site}`", policy=place, help="use `site: block_output`")
@@ -233,12 +245,14 @@ def _counted(policy: LoadedPolicy, prunes: Sequence[PlannedPrune], segments: Seq
                     "prompts have different lengths: a number of removed tokens has no meaning for all of a prompt",
                     policy=policy.where(("steps", prune.step, "budget")),
                     needed="`tokens`, `keep` or `schedule`, or a segment of known size",
+                    help="say how many stay: `budget: {keep: 0.5}`",
                 )
             if prune.reduce.added(100) or prune.select.counts or (prune.score is not None and prune.score.counts_text):
                 raise PlanError(
                     f"`{prune.name}` needs to know how many tokens may go",
                     policy=prune.where,
                     needed="a segment of known size",
+                    help="add `segments: {image: {input_ids: ..., tokens: N}}` and `protect: {segment: text}`",
                 )
             result.append(prune)
             continue
@@ -288,6 +302,7 @@ def _refuse(
             policy=first.where,
             needed="an input `attention_mask` [batch, all tokens so far] whose length varies",
             found=f"a length of {sizes[0]}" if sizes else "no such input",
+            help="export the decoder with a mask of dynamic length",
         )
     for prune in prunes:
         sliding = [layer for layer, window in enumerate(windows) if window and layer > prune.layer]

@@ -244,7 +244,11 @@ def _probe(walk: PromptStream, node: fx.Node, value: Value, planned: PlannedPrun
     """Return the attention of the next layer over the tokens that are still there, some queries of it."""
     b, layer = walk.builder, planned.layer + 1
     if planned.site != "block_output":
-        walk.ctx.fail("the next layer reads what leaves this one", needed="`site: block_output`")
+        walk.ctx.fail(
+            "the next layer reads what leaves this one",
+            needed="`site: block_output`",
+            help="leave `at.site` out",
+        )
     site, space = walk.sites[layer], walk.space
     asked = TokenSpace(
         name="asked",

@@ -47,6 +47,7 @@ def plan_refill(
                 f"`{prune.name}` reads old entries, and nothing takes them",
                 policy=prune.where,
                 needed="`reduce: {kind: recompute}`",
+                help="add it to the step, or use another score",
             )
         return None
     prune = own[0]
@@ -56,6 +57,7 @@ def plan_refill(
             policy=prune.where,
             needed="one step, at one layer",
             found=f"{len(policy.policy.steps)} steps, {len(prunes)} cuts",
+            help="leave the other steps out, and give this one a single layer",
         )
     step = policy.policy.steps[prune.step]
     if not prune.count.nothing:
@@ -63,6 +65,7 @@ def plan_refill(
             "caches keep every token: no budget says how many are computed anew",
             policy=policy.where(("steps", prune.step, "budget")),
             needed="`budget: {keep: 1.0}`, and the share in `reduce: {kind: recompute, share: ...}`",
+            help="leave `budget` out, and give the preset's `share`",
         )
     if step.protect.segment is not None or prune.first or step.protect.last:
         raise PolicyError(
@@ -88,6 +91,7 @@ def plan_refill(
                 node=site.new_key,
                 needed="keys that are turned by position (rotary embeddings) just before the cache",
                 found="keys that depend on the positions in another way, or not at all",
+                help="use a model with rotary embeddings: entries of this one hold at their old positions only",
             )
         if _scaled(rotation):
             raise PlanError(
@@ -96,6 +100,7 @@ def plan_refill(
                 node=site.new_key,
                 needed="embeddings that turn and nothing else",
                 found="cosines and sines times a number (YaRN's attention factor)",
+                help="export the model without scaled embeddings, or use a method that keeps positions",
             )
         turns[site.layer] = rotation
     return RefillPlan(PLACES, entries, turns)
@@ -147,4 +152,5 @@ def _refuse_positions(program: Program, prune: PlannedPrune) -> None:
             policy=prune.where,
             needed="`position_ids` [batch, tokens]",
             found=f"{axes[0]} axes" if axes else "no positions",
+            help="export the decoder with `position_ids` of two axes",
         )

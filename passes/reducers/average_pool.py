@@ -25,7 +25,10 @@ class AveragePool(Reducer):
         """See :class:`AveragePool`."""
         b = cut.b
         if cut.valid is not None:
-            cut.ctx.fail("pooling over padded batches would mix padding into the last real token")
+            cut.ctx.fail(
+                "pooling over padded batches would mix padding into the last real token",
+                help="use a model without a padding mask, or another reducer",
+            )
         width = chosen.width
         child.size = chosen.size
         child.index = b.mul(b.arange(chosen.size, cut.x), width)  # the first of each group

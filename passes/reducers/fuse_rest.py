@@ -38,6 +38,7 @@ class FuseRest(Reducer):
             cut.ctx.fail(
                 "the input decides how many tokens stay, and there is no slot for the fused one",
                 needed="a static number of tokens, and a budget that leaves fewer slots than there are tokens",
+                help="use `reduce: {kind: drop}`, or a smaller budget and static sizes",
             )
         dtype, real = b.dtype(chosen.score), None if chosen.valid is None else cut.present()
         # 1 where dropped. An empty slot keeps nothing: what it points at is fused like the rest.

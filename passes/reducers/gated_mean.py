@@ -55,7 +55,10 @@ class GatedMean(Trained, Reducer):
     def reduce(self, cut: Cut, chosen: Matched, child: TokenSpace) -> Any:
         """See :class:`GatedMean`."""
         if chosen.weight is not None:
-            cut.ctx.fail("the trained gates are for a fixed number of pairs, and samples differ in theirs")
+            cut.ctx.fail(
+                "the trained gates are for a fixed number of pairs, and samples differ in theirs",
+                help="use a model without a padding mask, and a selector without a threshold",
+            )
         changed = replace(cut, x=self._gated(cut, chosen))
         return WeightedMean(size_in_attention=self.size_in_attention).reduce(changed, chosen, child)
 

@@ -35,7 +35,10 @@ class SimilarityMean(Reducer):
         """See :class:`SimilarityMean`."""
         b, size = cut.b, cut.candidates
         if cut.last or len(b.shape(chosen.index)) == 1:
-            cut.ctx.fail("tokens join kept ones that each sample chooses, none of them protected at the end")
+            cut.ctx.fail(
+                "tokens join kept ones that each sample chooses, none of them protected at the end",
+                help="use a selection by score, without `protect.last`",
+            )
         own = b.slice(chosen.index, 1, cut.first)  # [B, K]
         own = b.sub(own, cut.first) if cut.first else own
         valid = None if chosen.valid is None else b.slice(chosen.valid, 1, cut.first)

@@ -112,7 +112,10 @@ def _around(cut: Cut, valid: Any) -> Any:
     if valid is None:
         return None
     if cut.last:
-        cut.ctx.fail("samples keep different numbers of tokens, so the last ones cannot be protected by their place")
+        cut.ctx.fail(
+            "samples keep different numbers of tokens, so the last ones cannot be protected by their place",
+            help="leave `protect.last` out, or use a model without a padding mask",
+        )
     b = cut.b
     return b.cat([b.full([cut.batch.size, cut.first], True, torch.bool, cut.x), valid], 1) if cut.first else valid
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from tokcc.passes.cut import Cut
+from tokcc.passes.half_mean import half_mean
 from tokcc.passes.piece import Score
 from tokcc.passes.trained import TensorSpec, Trained, activated, linear_specs, mlp_specs, second_minus_first
 
@@ -44,13 +45,6 @@ class LocalGlobal(Trained, Score):
         stage = f"stages.{cut.stage}"
         x = self.normed(b, b.cast(cut.x, torch.float32), f"{stage}.norm", "layer", 1e-5)
         z = activated(b, self.linear(b, x, f"{stage}.embed"), "gelu")  # [B, N, E]
-        half = self.weight(f"{stage}.embed.weight").shape[0] // 2
-        own, shared = b.slice(z, 2, 0, half), cut.inner(b.slice(z, 2, half, None))
-        if cut.valid is None:
-            mean = b.mean(shared, 1, keepdim=True)
-        else:
-            real = b.unsqueeze(b.cast(cut.inner(cut.valid), torch.float32), 2)
-            mean = b.div(b.sum(b.mul(shared, real), 1, keepdim=True), b.clamp_min(b.sum(real, 1, keepdim=True), 1.0))
-        y = b.cat([own, b.expand(mean, [cut.batch.size, cut.tokens, -1])], 2)
+        y = half_mean(b, z, cut.inner(z), None if cut.valid is None else cut.inner(cut.valid))
         drop_minus_keep = second_minus_first(b, self.mlp(b, y, f"{stage}.layers", 3, "gelu"))
         return b.mul(drop_minus_keep, -1.0)

@@ -36,7 +36,11 @@ class MassiveActivation(Score):
             width = b.shape(x)[2]
             wrong = [channel for channel in self.channels if channel >= width]
             if wrong:
-                cut.ctx.fail(f"the stream has no channel {wrong[0]}", needed=f"channels from 0 to {width - 1}")
+                cut.ctx.fail(
+                    f"the stream has no channel {wrong[0]}",
+                    needed=f"channels from 0 to {width - 1}",
+                    help="give the channels of this model, or none: then all of them are looked at",
+                )
             chosen = b.constant(f"{self.kind}_channels", torch.tensor(self.channels))
             x = b.call(torch.ops.aten.index_select.default, x, 2, chosen)
         phi = b.amax(b.call(torch.ops.aten.abs.default, b.div(x, size)), 2)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
 from pydantic import Field
 
-from tokcc.ir.space import TokenSpace
 from tokcc.passes.cut import AttentionView, Cut
+from tokcc.passes.noted import noted
 from tokcc.passes.piece import OtherScore, Score
-from tokcc.passes.taking import take
 
 __all__ = ["Smoothed"]
 
@@ -52,21 +50,11 @@ class Smoothed(Score):
 
     def _so_far(self, cut: Cut) -> tuple[int, Any]:
         """Return the layer of the last cut that noted its average, and that average of the tokens that are left."""
-        path: list[TokenSpace] = []
-        for space in _upwards(cut.space):
-            if self in space.notes:
-                layer, average = space.notes[self]
-                for below in reversed(path):
-                    average = take(cut, average, below.index)
-                return layer, average
-            path.append(space)
-        return -1, None
-
-
-def _upwards(space: TokenSpace | None) -> Iterator[TokenSpace]:
-    while space is not None:
-        yield space
-        space = space.parent
+        known = noted(cut, self)
+        if known is None:
+            return -1, None
+        (layer, average), now = known
+        return layer, now(average)
 
 
 def _attention_at(cut: Cut, own: int, layer: int | None = None) -> AttentionView:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from pydantic import Field
 from tokcc.passes.blocks import Blocks
 from tokcc.passes.cut import Cut
 from tokcc.passes.features import features
+from tokcc.passes.grid import grid_of
 from tokcc.passes.ordering import around
 from tokcc.passes.piece import Score
 from tokcc.passes.texts import TextGuided
@@ -60,11 +60,7 @@ class TextMap(TextGuided, Blocks, Score):
     def emit(self, cut: Cut) -> Any:
         """Return ``[B, N]``; 0 at the protected tokens."""
         b, size = cut.b, cut.candidates
-        if cut.valid is not None or not isinstance(size, int):
-            cut.ctx.fail("the tokens are no image of a fixed size", help="use a model without padding and static sizes")
-        rows = math.isqrt(size) if self.grid_rows is None else self.grid_rows
-        if size % rows or (self.grid_rows is None and rows * rows != size):
-            cut.ctx.fail(f"{size} tokens are no grid of {rows} rows", help="set the parameter `grid_rows`")
+        rows, columns = grid_of(cut, self.grid_rows)
         x = cut.inner(features(cut, "features", normalise=False))
         text, true, count = self.read_text(cut, b.shape(x)[2])
         both = self.normed(b, b.cat([x, text], 1), "input_layernorm", "rms")
@@ -73,7 +69,7 @@ class TextMap(TextGuided, Blocks, Score):
         )  # [B, H, T, M + T]
         own = b.where(b.unsqueeze(b.unsqueeze(true, 1), 3), b.slice(probs, 3, 0, size), 0.0)
         heads = b.div(b.sum(own, 2), b.unsqueeze(count, 2))  # [B, H, M]
-        image = b.reshape(heads, [cut.batch.size, self.heads, rows, size // rows])
+        image = b.reshape(heads, [cut.batch.size, self.heads, rows, columns])
         for i in range(self.convolutions):
             image = activated(b, self._convolved(cut, image, f"conv.layers.{i}", 1), "gelu")
         return around(cut, b.reshape(self._convolved(cut, image, "conv.head", 0), [cut.batch.size, size]))

@@ -49,7 +49,10 @@ class VocabularyMargin(Trained, Score):
         table = self.weight("vocabulary")
         wrong = [target for target in self.targets if target >= len(table)]
         if wrong:
-            cut.ctx.fail(f"the target {wrong[0]} is no entry of a vocabulary of {len(table)}")
+            cut.ctx.fail(
+                f"the target {wrong[0]} is no entry of a vocabulary of {len(table)}",
+                help="give the `targets` of this vocabulary",
+            )
         z = features(cut, "features", normalise=False)  # fp32 [B, N, C]
         z = normalised(b, self.linear(b, z, "projection") if self.projection else z)
         unit = table / table.norm(dim=1, keepdim=True).clamp_min(1e-12)

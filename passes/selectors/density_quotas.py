@@ -51,7 +51,11 @@ class DensityQuotas(Selector):
         b = cut.b
         crops, size, total = crop_sizes(cut)
         if total < crops:
-            cut.ctx.fail(f"{total} tokens are kept of {crops} crops", needed="at least one for each crop")
+            cut.ctx.fail(
+                f"{total} tokens are kept of {crops} crops",
+                needed="at least one for each crop",
+                help="give a larger budget",
+            )
         metric = cut.inner(features(cut, self.of, "mean"))  # [P, M, D]
         alike = b.compare("gt", b.matmul(metric, b.transpose(metric, 1, 2)), self.similar)
         copies = b.sum(b.cast(alike, torch.int64), 2)  # [P, M]

@@ -54,7 +54,10 @@ class Neighbourhoods(Selector):
         anchors = round(Fraction(str(self.share)) * kept / _CROSS)
         if anchors:
             if anchors * _CROSS > kept:
-                cut.ctx.fail(f"{anchors} anchors with their neighbours may be more than {kept} tokens")
+                cut.ctx.fail(
+                    f"{anchors} anchors with their neighbours may be more than {kept} tokens",
+                    help="give a smaller `share`, or a larger budget",
+                )
             region = self._region(cut, topk(b, cut.inner(masked(cut, self.by.emit(cut))), anchors, in_order=False))
             rating = b.where(region, HIGHEST, rating)
         return keep_indices(cut, rating, kept, score_for_reducer=score)

@@ -64,7 +64,7 @@ class SalientAndFar(Guided, Selector):
         kept = cut.count.kept(b, size, cut.initial_candidates)
         if cut.valid is not None or not isinstance(size, int) or not isinstance(kept, int):
             cut.ctx.fail("a budget in two parts needs a fixed number of tokens, without padding",
-                         help="export the model with a fixed number of tokens")  # fmt: skip
+                         help="export the model with a fixed number of tokens and without a padding mask")  # fmt: skip
         best = math.floor(Fraction(str(self.important)) * kept)
         rating = cut.inner(masked(cut, score))  # [B, M]
         order = topk(b, rating, size, in_order=False)

@@ -19,6 +19,7 @@ class Uniform(Selector):
     """Keep candidate ``floor(i * n / K)`` for i = 0..K-1; with padding, n and K are each sample's own."""
 
     kind: ClassVar[str] = "uniform"
+    around_middle: ClassVar[bool] = True
     wants_score: ClassVar[bool] = False
 
     def select(self, cut: Cut, score: Any) -> Kept:
@@ -30,6 +31,10 @@ class Uniform(Selector):
             return keep_indices(cut, self._flags(cut), kept)
         steps = b.arange(kept, cut.x)
         spread = b.call(aten.div.Tensor_mode, b.mul(steps, cut.candidates), kept, rounding_mode="floor")
+        if cut.middle is not None:
+            index = cut.with_protected(cut.per_sample(spread))
+            place = b.add_sizes(cut.in_front(kept), cut.first)
+            return Kept(index, None, False, b.add_sizes(kept, cut.protected), middle=place)
         parts = [b.add(spread, cut.first) if cut.first else spread]
         if cut.first:
             parts.insert(0, b.arange(cut.first, cut.x))

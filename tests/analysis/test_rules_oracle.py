@@ -12,7 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.analysis.cases import attention, indexing, matmul, norm, pointwise, reduction, skips, views
+from tests.analysis.cases import (
+    attention,
+    indexing,
+    matmul,
+    norm,
+    pointwise,
+    reduction,
+    sampling,
+    sequence,
+    skips,
+    views,
+)
 from tests.analysis.oracle import Case, Kind, Reduce, check, make_program, walk_eager, walk_graph
 from tests.analysis.test_rules_refuse import CASES as REFUSED
 from tests.analysis.test_rules_refuse import TOKENS as REFUSED_TOKENS
@@ -21,7 +32,9 @@ from tokcc.ir.value import Value
 
 aten = torch.ops.aten
 CASES: list[Case] = [
-    case for family in (views, indexing, matmul, attention, norm, reduction, pointwise, skips) for case in family.CASES
+    case
+    for family in (views, indexing, matmul, attention, norm, reduction, pointwise, sampling, sequence, skips)
+    for case in family.CASES
 ]
 CHECKS = [(case, kinds) for case in CASES for kinds in case.kinds]
 # Symbolic shapes trace slowly: one reduction for each case, the first and the last by turns.

@@ -65,6 +65,9 @@ def _check(name: str, dynamic: bool) -> None:
     if entry.windowed:
         return
     assert not sites.lost
+    if entry.scanned:
+        assert all(layer.mixer is not None and layer.block_output is not None for layer in sites.layers)
+        return
     _check_cuts(entry, sites, nodes, list(program.graph.nodes))
 
 

@@ -24,6 +24,7 @@ from tests.zoo import ZOO, ZooModel
 from tests.zoo.matrix import reduced
 from tokcc.backends.onnx import build_onnx
 from tokcc.backends.ort import Session
+from tokcc.ir.program import Program
 from tokcc.testing import trace
 
 # torch's own pytree copies a deprecated class in run_decompositions.
@@ -78,12 +79,14 @@ BOTH = [*ENGINES, *(pytest.param(engine, marks=pytest.mark.slow) for engine in S
 
 
 @cache
+def traced(model: str, dynamic: bool) -> Program:
+    entry = ZOO[model]
+    return trace(entry.build(), entry.inputs(3 if dynamic else 1), entry.dynamic_shapes() if dynamic else None)
+
+
+@cache
 def built(engine: Engine) -> onnx.ModelProto:
-    entry = ZOO[engine.model]
-    program = trace(
-        entry.build(), entry.inputs(3 if engine.dynamic else 1), entry.dynamic_shapes() if engine.dynamic else None
-    )
-    _, sliced, _, _ = reduced(program, engine.preset)
+    _, sliced, _, _ = reduced(traced(engine.model, engine.dynamic), engine.preset)
     return ir.to_proto(build_onnx(sliced))
 
 

@@ -216,6 +216,7 @@ def test_inputs_are_made_in_the_order_of_the_signature() -> None:
 )
 def test_parse_inputs(text: str, dtype: torch.dtype, dims: tuple[int, ...]) -> None:
     (spec,) = parse_inputs([text])
+    assert parse_inputs(text) == (spec,)
     assert (spec.dtype, spec.dims) == (dtype, dims)
 
 

@@ -175,7 +175,7 @@ class TestOptions:
         run("compile", TINY, "-p", "evit", "-o", tmp_path / "out", "--backend", "pt2")
         assert not (tmp_path / "out" / "model.onnx").exists()
 
-    @pytest.mark.parametrize("opset", [18, 19, 20, 21, 22, 23])
+    @pytest.mark.parametrize("opset", [18, *(pytest.param(n, marks=pytest.mark.slow) for n in (19, 20, 21, 22)), 23])
     def test_opset(self, tmp_path: Path, opset: int) -> None:
         bundle = compiled(tmp_path / "out", "--opset", opset)
         model = onnx.load(bundle.engine("onnx"))

@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from tokcc.capture.export import clean
+from tokcc.capture.functional import functional
 from tokcc.capture.hf_decoder import CausalDecoder, decoder_dynamic, decoder_inputs
 from tokcc.ir.program import Program
 
@@ -98,5 +99,5 @@ def decoder_program(model: nn.Module) -> Program:
         warnings.simplefilter("ignore")
         exported = torch.export.export(
             CausalDecoder(model).eval(), (), inputs, dynamic_shapes=decoder_dynamic(inputs), strict=False
-        ).run_decompositions({})
-    return clean(Program.from_exported(exported))
+        )
+        return clean(Program.from_exported(functional(exported)))

@@ -394,6 +394,13 @@ def _indexing() -> list[Case]:
     return [
         Case("select", of(aten.select.int, 1, 0), (X,)),
         Case("select-last", of(aten.select.int, -1, -1), (X,)),
+        *(
+            Case(f"slice_scatter-{i}", of(aten.slice_scatter.default, 2, *span), (X, Input(("B", "N", width))))
+            for i, (width, span) in enumerate([(2, (1, 3)), (2, (0, 2)), (3, (-3, 2**63 - 1)), (4, ()), (1, (3, 4))])
+        ),
+        Case("copy", of(aten.copy.default), (X, Y)),
+        Case("copy-wide", of(aten.copy.default), (X, ROW)),
+        Case("copy-cast", of(aten.copy.default), (X, Input(("B", "N", 4), "int"))),
         Case("slice", of(aten.slice.Tensor, 1, 1, 3), (X,)),
         Case("slice-step", of(aten.slice.Tensor, 1, 1, 2**63 - 1, 2), (X,)),
         Case("slice-negative", of(aten.slice.Tensor, 1, -3, -1), (X,)),
@@ -570,6 +577,14 @@ def _algebra() -> list[Case]:
         Case("avg_pool1d", of(aten.avg_pool1d.default, [2]), (line,)),
         Case("avg_pool2d", of(aten.avg_pool2d.default, [3, 3], [2, 2], [1, 1]), (image,)),
         Case("avg_pool2d-exclude", of(aten.avg_pool2d.default, [3, 3], [2, 2], [1, 1], False, False), (image,)),
+        *(
+            Case(
+                f"grid_sampler-{mode}{padding}{int(corners)}",
+                of(aten.grid_sampler.default, mode, padding, corners),
+                (image, Input(("B", "N", 3, 2))),
+            )
+            for mode, padding, corners in ((0, 0, False), (0, 1, True), (0, 2, False), (1, 0, False), (2, 0, True))
+        ),
         Case("max_pool2d", of(aten.max_pool2d.default, [3, 3], [2, 2], [1, 1]), (image,)),
         Case("max_pool2d-dilated", of(aten.max_pool2d.default, [2, 2], [1, 1], [0, 0], [2, 2]), (image,)),
         Case("adaptive_avg_pool1d", of(aten.adaptive_avg_pool1d.default, [1]), (line,)),
@@ -767,6 +782,14 @@ def _tokens() -> list[Case]:
         Case("greedy_select-one", greedy_blocked, (X, BOOL, scores)),
         Case("greedy_select-all", greedy_of("all"), (X, scores, scores)),
         Case("greedy_select-product", greedy_of("product"), (X, scores, scores)),
+        *(Case(f"recurrence-{axis}", of(ops.recurrence.default, axis), (X, Y), half=axis == 1) for axis in (0, 1, -1)),
+        Case("recurrence-static", of(ops.recurrence.default, 1), (STATIC, STATIC)),
+        Case("einsum", lambda b, x, y: b.call(aten.einsum.default, "bnc,bmc->bnm", [x, y]), (X, Y), half=True),
+        Case(
+            "einsum-three",
+            lambda b, x, w, y: b.call(aten.einsum.default, "bnc, c, bnd -> bncd", [x, w, y]),
+            (X, ROW, Y),
+        ),
     ]
 
 

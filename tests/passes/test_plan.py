@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec
 @pytest.mark.parametrize(
     ("layer", "site", "reason"),
     [
-        (1, "after_attention", "add_7 behind it is only read by view_33"),
+        (1, "after_attention", "add_7 behind it is only read by view_27"),
         (2, "after_attention", "no point behind its attention with the tokens of the stream"),
         (3, "block_output", "no point behind its attention with the tokens of the stream"),
     ],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +44,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(tmp_path_factory.mktemp("llama"))
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[None]:
     """Short pieces and contexts, few rounds."""
 
     def few(candidates: Any, **options: Any) -> Any:
         return measure(candidates, **{**options, "budget_s": 0.0})
 
-    monkeypatch.setattr(decoder_speed, "measure", few)
-    monkeypatch.setattr(decoding, "SHORTEST", 2 * PIECE)
-    monkeypatch.setattr(decoder_speed, "CONTEXTS", (32, 60, 150))
-    monkeypatch.setattr(decoder_quality, "TEXT_CONTEXTS", (48, 100))
-    for module in (decoder_quality, decoder_speed, reading):
-        monkeypatch.setattr(module, "PIECE", PIECE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder_speed, "measure", few)
+        patch.setattr(decoding, "SHORTEST", 2 * PIECE)
+        patch.setattr(decoder_speed, "CONTEXTS", (32, 60, 150))
+        patch.setattr(decoder_quality, "TEXT_CONTEXTS", (48, 100))
+        for module in (decoder_quality, decoder_speed, reading):
+            patch.setattr(module, "PIECE", PIECE)
+        yield
 
 
 def words(ids: np.ndarray) -> str:
@@ -81,11 +85,13 @@ def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return compiled(folder, tmp_path_factory.mktemp("b") / "out", keep_positions(12), keep_baseline=True)
 
 
-@pytest.fixture
-def calibrated(bundle: Bundle, tmp_path: Path) -> Bundle:
-    copy = pipeline.rebuild_report(bundle)
-    (tmp_path / "text.txt").write_text(words(some_ids()))
-    return pipeline.calibrate(copy, tmp_path / "text.txt", gates=["perplexity_ratio<=100", "kl<=0.0001"])
+@pytest.fixture(scope="module")
+def calibrated(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("calibrated")
+    shutil.copytree(bundle.path, folder / "out")
+    copy = pipeline.rebuild_report(Bundle.open(folder / "out"))
+    (folder / "text.txt").write_text(words(some_ids()))
+    return pipeline.calibrate(copy, folder / "text.txt", gates=["perplexity_ratio<=100", "kl<=0.0001"])
 
 
 def test_text_is_what_transformers_gives(calibrated: Bundle) -> None:
@@ -188,7 +194,7 @@ def test_what_is_left_of_a_prompt(calibrated: Bundle) -> None:
         ({"preset": "streaming-llm", "tokens": 12}, ()),  # keys are turned by their place: found by their values
         ({"preset": "h2o", "tokens": 12}, ()),
         ({"preset": "agent-memory-q4"}, (0, 1, 2)),
-        ({"preset": "elastic-cache-vlm", "tokens": 40}, (0, 1, 2)),
+        pytest.param({"preset": "elastic-cache-vlm", "tokens": 40}, (0, 1, 2), marks=pytest.mark.slow),
     ],
 )
 def test_caches_that_are_followed_or_not(

@@ -15,6 +15,7 @@ from torch import nn
 
 import tokcc
 from tests.decoders.tiny import model_of
+from tokcc.backends.bundle import Bundle
 from tokcc.backends.generation import Generator
 from tokcc.backends.ort import Session
 from tokcc.errors import PlanError, PolicyError
@@ -32,6 +33,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def policy(**keys: Any) -> dict[str, Any]:
     return {"version": 1, "name": "p", "steps": [{"preset": "h2o", **keys}]}
+
+
+@pytest.fixture(scope="module")
+def merged(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Heavy hitters in a cache that is cut after every call."""
+    bundle: Bundle = tokcc.compile(
+        folder, policy(tokens=12), output=tmp_path_factory.mktemp("merged") / "out", calibrate=False
+    )
+    return bundle
 
 
 def test_a_folder_becomes_a_bundle(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,14 +81,13 @@ def test_the_whole_cache_without_a_policy(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(session.run(feeds)["logits"], wanted, atol=2e-4 * float(np.abs(wanted).max()))
 
 
-def test_the_head_runs_on_the_last_token(folder: Path, tmp_path: Path) -> None:
+def test_the_head_runs_on_the_last_token(folder: Path, merged: Bundle, tmp_path: Path) -> None:
     wanted = {**policy(tokens=12), "outputs": {"logits": "last_token"}}
     one = tokcc.compile(folder, wanted, output=tmp_path / "one", calibrate=False)
-    all_rows = tokcc.compile(folder, policy(tokens=12), output=tmp_path / "all", calibrate=False)
     ids = np.arange(3, 23)[None]
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(20)[None]}
     results = []
-    for bundle in (one, all_rows):
+    for bundle in (one, merged):
         session = Session(bundle.engine("onnx"))
         empty = {name: np.zeros((1, 2, 0, 1 if "score" in name else 16), np.float32) for name in session.inputs[3:]}
         results.append(session.run({**feeds, **empty}))
@@ -137,7 +146,7 @@ def slots(preset: str, **keys: Any) -> dict[str, Any]:
     return {"version": 1, "name": "p", "steps": [{"preset": preset, "tokens": 12, **keys}], "kv": {"layout": "slots"}}
 
 
-def test_fixed_slots(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fixed_slots(folder: Path, merged: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command takes them, and the loop generates what it does with the other layout."""
     monkeypatch.setattr(decoder_speed, "CONTEXTS", (16, 40))
     bundle = tokcc.compile(folder, slots("h2o"), output=tmp_path / "out", keep_baseline=True)
@@ -153,7 +162,6 @@ def test_fixed_slots(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     steps = Generator(bundle).stream(prompts, max_new_tokens=20, stop=())
     made = list(steps)
     assert steps.cache_bytes == 2 * 3 * 13 * 2 * 2 * 16 * 4
-    merged = tokcc.compile(folder, policy(tokens=12), output=tmp_path / "merged", calibrate=False)
     assert list(Generator(merged).stream(prompts, max_new_tokens=20, stop=())) == made
 
 
@@ -194,9 +202,8 @@ def test_texts_longer_than_the_positions(folder: Path, tmp_path: Path) -> None:
     assert content["model"]["context_length"] > content["search"]["max_length"] == 512
 
 
-def test_the_other_layout_has_no_configuration_for_genai(folder: Path, tmp_path: Path) -> None:
-    bundle = tokcc.compile(folder, policy(tokens=12), output=tmp_path / "out", calibrate=False)
-    assert not (bundle.path / "genai_config.json").exists()
+def test_the_other_layout_has_no_configuration_for_genai(merged: Bundle) -> None:
+    assert not (merged.path / "genai_config.json").exists()
 
 
 @pytest.mark.parametrize("preset", ["h2o", "tova"])

@@ -9,7 +9,7 @@ import torch
 from tests.prompt.oracle import Cut, Seen, run
 from tests.vlm.bundles import compiled, given_for, pictures, theirs
 from tests.vlm.families import IMAGE, VOCABULARY, Given, model_of
-from tests.vlm.test_reduced import language_model
+from tests.vlm.test_reduced import language_model, written_out
 from tokcc.backends.vlm import VisionLanguage
 
 TOKENS, NEW = 16, 6
@@ -59,4 +59,52 @@ def test_half_of_the_image_goes(tmp_path: Path) -> None:
         rows = rows_of(words, own)
         prompt = [j for word in words for j in (range(VOCABULARY, VOCABULARY + TOKENS) if word == IMAGE else [word])]
         alone = run(language_model(rows), torch.tensor([*prompt, *got]), len(prompt), [Cut(0, _halved)])
+        assert tuple(alone.logits[len(prompt) - 1 : -1].argmax(-1).tolist()) == got
+
+
+KEYS = 4
+MARKED = {
+    "version": 1,
+    "name": "marked",
+    "steps": [
+        {
+            "node": "prune", "at": {"layers": [-1], "site": "block_output"},
+            "score": {"kind": "attention_rows", "rows": "cls"}, "select": {"kind": "topk"},
+            "reduce": {"kind": "mark", "name": "key_tokens"}, "budget": {"tokens": KEYS},
+        },
+        {"preset": "mustdrop-llm", "layers": [0], "keys": True, "budget": {"tokens": KEYS}, "positions": "keep"},
+    ],
+    "segments": {"image": {"input_ids": IMAGE, "tokens": TOKENS}},
+}  # fmt: skip
+
+
+def _keys(pixels: torch.Tensor) -> list[int]:
+    """The patches that the class token attends to most, in the layer whose output is taken."""
+    model = written_out()
+    with torch.no_grad():
+        seen = model.model.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
+    received = seen.attentions[model.config.vision_feature_layer][0, :, 0, 1:].mean(0)
+    return sorted(range(len(received)), key=lambda j: (-float(received[j]), j))[:KEYS]
+
+
+def test_the_encoder_tells_the_decoder_what_stays(tmp_path: Path) -> None:
+    """A step in the tower marks tokens, and one in the language model leaves no others of the image."""
+    engines = VisionLanguage(compiled("llava", tmp_path / "out", MARKED))
+    given = [row[0] for row in given_for("llava")[:2]]
+    rows, media = engines.prepare(PROMPTS, [pictures([own]) for own in given])
+    longest = max(map(len, rows))
+    for number, (row, own) in enumerate(zip(rows, given, strict=True)):
+        first = longest - len(row) + row.index(IMAGE)
+        wanted = sorted(first + j for j in _keys(own.units))
+        assert media.beside["key_tokens"][number].nonzero()[0].tolist() == wanted
+    made = list(zip(*engines.stream(PROMPTS, [pictures([o]) for o in given], max_new_tokens=NEW, stop=()), strict=True))
+    for words, own, got in zip(PROMPTS, given, made, strict=True):
+        prompt = [j for word in words for j in (range(VOCABULARY, VOCABULARY + TOKENS) if word == IMAGE else [word])]
+        keys = {words.index(IMAGE) + j for j in _keys(own.units)}
+
+        def stays(seen: Seen, keys: set[int] = keys) -> list[int]:
+            return [j for j in seen.alive if int(seen.ids[j]) < VOCABULARY or j in keys]
+
+        ids = torch.tensor([*prompt, *got])
+        alone = run(language_model(rows_of(words, own)), ids, len(prompt), [Cut(0, stays)])
         assert tuple(alone.logits[len(prompt) - 1 : -1].argmax(-1).tolist()) == got

@@ -165,6 +165,13 @@ def swin() -> nn.Module:
     return PixelsIn(_hf("SwinModel", "SwinConfig", arguments), _POOLED).eval()
 
 
+def vision_mamba() -> nn.Module:
+    """Its class token stands in the middle; the loop over the tokens is traced as it is published."""
+    from tests.zoo.vim import Vim
+
+    return Vim(side=IMAGE, patch=8, depth=LAYERS, width=HIDDEN // 2, form="loop", tokens_out=True)
+
+
 def ast() -> nn.Module:
     arguments = _sizes(
         patch_size=PATCH,

@@ -38,6 +38,7 @@ class ZooModel:
         pad_id: The padding id of a text model.
         batch_axis: Batch axis of token-level inputs and outputs.
         windowed: The blocks work in windows: reductions there must be refused.
+        scanned: State-space scans mix the tokens, and no attention: what reads or cuts behind one must be refused.
         available: Says why the entry cannot be built here, or None.
     """
 
@@ -52,6 +53,7 @@ class ZooModel:
     pad_id: int = 0
     batch_axis: int = 0
     windowed: bool = False
+    scanned: bool = False
     available: Callable[[], str | None] = lambda: None
 
     @property
@@ -178,6 +180,15 @@ _ENTRIES = (
     _vision("siglip_vision", "siglip", builders.siglip_vision, prefix=0),
     _vision("swin", "swin", builders.swin, prefix=0, windowed=True),
     _vision("videomae", "videomae", builders.videomae, prefix=0, modality="video", outputs=_HIDDEN),
+    _vision(
+        "vision_mamba",
+        "vim",
+        builders.vision_mamba,
+        prefix=0,
+        outputs=("logits", "last_hidden_state"),
+        tokens=(IMAGE // 8) ** 2 + 1,
+        scanned=True,
+    ),
     _vision("ast", "ast", builders.ast, prefix=2, modality="audio", tokens=_AST_PATCHES + 2),
     _vision("whisper_encoder", "whisper", builders.whisper_encoder, prefix=0, modality="audio", outputs=_HIDDEN),
     _vision("timm_vit", "timm", builders.timm_vit, outputs=("logits",), available=builders.timm_missing),

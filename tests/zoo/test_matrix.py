@@ -34,10 +34,10 @@ NO_CLASS_TOKEN_READ = {"bert_mean_pooled", "distilbert", "electra", "modernbert"
 
 
 def expected_refusal(case: Case) -> bool:
-    """Windows are not token sequences, and EViT reads a class token."""
+    """Windows are not token sequences, state-space scans are no attention, and EViT reads a class token."""
     entry = ZOO[case.model]
     no_class_token = not entry.has_cls or case.model in NO_CLASS_TOKEN_READ
-    return case.preset != "none" and (entry.windowed or (case.preset == "evit" and no_class_token))
+    return case.preset != "none" and (entry.windowed or entry.scanned or (case.preset == "evit" and no_class_token))
 
 
 def judge(case: Case, row: Row) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from tokcc.analysis.remapping import move, product
+from tokcc.analysis.sequences import flipped_index
 from tokcc.errors import AxisError
 from tokcc.ir.builder import Builder, same_size
 from tokcc.ir.space import Axis, Factor, TokenSpace, common_descendant, is_ancestor
@@ -141,6 +142,10 @@ class Context:
             space.index = b.sub(b.slice(inner, axis, first), first)
         if space.index is None and space.rows is not None:
             space.index = self._row_index(space, space.rows)
+        if space.index is None and space.flip_of is not None:
+            space.index = flipped_index(self, space.flip_of)
+        if space.around is not None:
+            self.fail("a table over tokens with padding around them meets fewer tokens")
         return space.index
 
     def _row_index(self, space: TokenSpace, rows: Sequence[int]) -> Any:

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import fx
 
+import tokcc.kernels  # registers the operations
 from tokcc.ir.edit import is_float
 from tokcc.ir.program import Program
 
 __all__ = ["Stream", "find_stream"]
 
 aten = torch.ops.aten
+assert tokcc.kernels is not None
+_MIXING = {aten.scaled_dot_product_attention.default, aten.softmax.int, torch.ops.tokcc.recurrence.default}
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def _dominators(
         if node not in reached:
             continue
         own = 1 << order[node]
-        count = 1 if node.target in (aten.scaled_dot_product_attention.default, aten.softmax.int) else 0
+        count = 1 if node.target in _MIXING else 0
         if node is source:
             bits[node], attentions[node] = own, 0
             continue

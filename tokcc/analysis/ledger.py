@@ -127,4 +127,4 @@ def _end(sites: Sites, index: int) -> int:
     block = sites.layers[index]
     if block.block_output is not None:
         return sites.order[block.block_output]
-    return sites.order[block.attention.output]
+    return sites.order[block.mixes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +11,9 @@ from torch import fx
 
 from tokcc.analysis.attention_sites import AttentionSite, attention_sites
 from tokcc.analysis.dominators import Stream, find_stream
+from tokcc.analysis.mixer_sites import MixerSite, mixer_sites
+from tokcc.analysis.sampling_sites import SamplingSite, sampling_sites
+from tokcc.analysis.special_tokens import middle_token, special_tokens
 from tokcc.analysis.walk import Entry, Walk
 from tokcc.errors import AxisError, PlanError
 from tokcc.ir.builder import GraphBuilder, same_size
@@ -20,30 +24,44 @@ from tokcc.ir.value import Value
 __all__ = ["CutName", "Layer", "Sites", "find_sites", "stream_cuts", "stream_entry"]
 
 aten = torch.ops.aten
-CutName = Literal["after_attention", "block_output", "encoder_output", "projector_output"]
+CutName = Literal["block_input", "after_attention", "block_output", "encoder_output", "projector_output"]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One transformer block.
+    """One block: a transformer's, or a state-space model's.
 
     Attributes:
         index: 0-based.
-        attention: Its self-attention.
+        attention: Its self-attention; None where it is deformable, or a state-space mixer takes its place.
         after_attention: Name of the stream node after the attention's residual (and norm, in post-norm models).
         block_output: Name of the stream node that leaves the block.
         label: Module path from the trace, for messages only.
         windowed: Why the attention does not run over the stream's token axis, or None when it does.
         no_cut: Why a cut is missing, or None when both are there.
+        mixer: The state-space mixer, or None.
+        sampling: What stands in for the attention where it is deformable, or None.
     """
 
     index: int
-    attention: AttentionSite
+    attention: AttentionSite | None
     after_attention: str | None
     block_output: str | None
     label: str
     windowed: AxisError | None = None
     no_cut: str | None = None
+    mixer: MixerSite | None = None
+    sampling: SamplingSite | None = None
+
+    @property
+    def mixes(self) -> str:
+        """Name of the node where tokens have met: the attention's output, or the last state of a mixer."""
+        if self.attention is not None:
+            return self.attention.output
+        if self.sampling is not None:
+            return self.sampling.output
+        assert self.mixer is not None
+        return self.mixer.states[-1]
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,7 @@ class Sites:
         axes: Axes of every value of the unreduced program, by node name.
         lost: Why the axes of a node could not be derived, by node name.
         order: Execution order by node name.
+        middle: Place of a class token that stands between the other tokens, or None.
     """
 
     entry: Entry
@@ -73,6 +92,7 @@ class Sites:
     axes: dict[str, Value] = field(repr=False)
     lost: dict[str, AxisError] = field(repr=False)
     order: dict[str, int] = field(repr=False)
+    middle: int | None = None
 
     def has_tokens(self, name: str) -> bool:
         """Return True when a node's value carries the token axis."""
@@ -83,6 +103,8 @@ class Sites:
         """Return the node of a cut, or None where the model has none."""
         if site in ("encoder_output", "projector_output"):
             return self.encoder_output
+        if site == "block_input":
+            return self.entry.node if layer == 0 else self.layers[layer - 1].block_output
         block = self.layers[layer]
         return block.after_attention if site == "after_attention" else block.block_output
 
@@ -99,29 +121,37 @@ def find_sites(program: Program) -> Sites:
     stream = find_stream(program)
     attentions = attention_sites(program)
     nodes = {node.name: node for node in program.graph.nodes}
+    mixers: list[MixerSite | SamplingSite] = []
     if stream is not None:
         attentions = [a for a in attentions if nodes[a.output] in stream.reached]
-    if stream is None or not attentions:
+        mixers = [*mixer_sites(program, stream), *sampling_sites(program, stream)]
+    if stream is None or not (attentions or mixers):
         raise PlanError(
             "no attention found",
-            needed="a transformer: scaled_dot_product_attention, or matmul-softmax-matmul",
+            needed="a transformer (scaled_dot_product_attention, or matmul-softmax-matmul), or a state-space model "
+            "(`state = decay * state + update` over its tokens)",
             found="none on the way from the inputs to the outputs",
-            help="token reduction applies to transformers; check that the right module was exported",
+            help="token reduction applies to transformers and state-space models; check that the right module was "
+            "exported",
         )
-    entry_node = stream_entry(stream, nodes[attentions[0].output])
-    walk = _annotate(program, entry_node, attentions[0])
+    first = min((m[0] for m in (_mixings(attentions), _mixings(mixers)) if m), key=lambda n: stream.order[nodes[n]])
+    entry_node = stream_entry(stream, nodes[first])
+    walk = _annotate(program, entry_node, attentions, nodes[first])
     axes = {node.name: value for node, value in walk.env.items() if isinstance(value, Value)}
     assert walk.entry is not None
     assert walk.tokens is not None
     assert walk.batch is not None
-    layers = _layers(stream, attentions, axes, walk, nodes, entry_node)
+    layers = _layers(stream, attentions, mixers, axes, walk, nodes, entry_node)
     place = (walk.entry.token_axis, walk.entry.batch_axis)
     tokened = [
         d
         for d in stream.dominators
         if d.name in axes and (axes[d.name].axis_of(walk.tokens), axes[d.name].batch_axis()) == place
     ]
-    prefix, suffix = _special_tokens(program, entry_node, walk.entry.token_axis, axes)
+    middle = middle_token(entry_node, walk.entry.token_axis)
+    # What deformable attention samples is maps, whose tokens are concatenated too.
+    plain = middle is not None or any(layer.sampling is not None for layer in layers)
+    prefix, suffix = (0, 0) if plain else special_tokens(program, entry_node, walk.entry.token_axis, axes)
     return Sites(
         entry=walk.entry,
         layers=tuple(layers),
@@ -133,7 +163,12 @@ def find_sites(program: Program) -> Sites:
         axes=axes,
         lost=walk.lost,
         order={node.name: i for node, i in stream.order.items()},
+        middle=middle,
     )
+
+
+def _mixings(found: Sequence[AttentionSite | MixerSite | SamplingSite]) -> list[str]:
+    return [site.states[-1] if isinstance(site, MixerSite) else site.output for site in found]
 
 
 def stream_entry(stream: Stream, first: fx.Node) -> fx.Node:
@@ -156,15 +191,26 @@ def stream_entry(stream: Stream, first: fx.Node) -> fx.Node:
     return chosen
 
 
-def _annotate(program: Program, entry: fx.Node, first: AttentionSite) -> Walk:
-    """Derive all axes; the token axis of the entry is the one that lands on the first attention's query rows."""
+def _annotate(program: Program, entry: fx.Node, attentions: Sequence[AttentionSite], first: fx.Node) -> Walk:
+    """Derive all axes; the token axis of the entry is the one that lands on the query rows, or that a state runs over.
+
+    Args:
+        program: The program.
+        entry: Where the stream begins.
+        attentions: All of them.
+        first: The first place where tokens meet.
+    """
+    site = next((a for a in attentions if a.output == first.name), None)
     walks: list[Walk] = []
     for token_axis, batch_axis in ((1, 0), (0, 1)):
         walk = Walk(program, GraphBuilder(fake_mode_of(program)), Entry(entry.name, token_axis, batch_axis))
         walk.run()
-        query = walk.env[walk.nodes[first.query]]
-        if isinstance(query, Value) and len(query.axes) >= 3 and any(f.space is walk.tokens for f in query.axes[-2]):
-            return walk
+        met = walk.env[first if site is None else walk.nodes[site.query]]
+        if isinstance(met, Value) and len(met.axes) >= 3:
+            sampled = first.target is aten.grid_sampler.default  # [B H, D, N, points]
+            place: Any = -2 if site is not None else 2 if sampled else first.args[2]
+            if any(f.space is walk.tokens for f in met.axes[place]):
+                return walk
         walks.append(walk)
     return walks[0]
 
@@ -172,36 +218,47 @@ def _annotate(program: Program, entry: fx.Node, first: AttentionSite) -> Walk:
 def _layers(
     stream: Stream,
     attentions: list[AttentionSite],
+    mixers: list[MixerSite | SamplingSite],
     axes: dict[str, Value],
     walk: Walk,
     nodes: dict[str, fx.Node],
     entry: fx.Node,
 ) -> list[Layer]:
-    own = [a for a in attentions if _is_self_attention(a, axes, walk, nodes)]
+    own: list[AttentionSite | MixerSite | SamplingSite] = []
+    own += [a for a in attentions if _is_self_attention(a, axes, walk, nodes)]
+    own += [m for m in mixers if isinstance(m, MixerSite) or _samples_itself(m, axes, walk)]
+    own = sorted(own, key=lambda site: stream.order[nodes[_mixings([site])[0]]])
+    places = [stream.order[nodes[name]] for name in _mixings(own)]
     layers: list[Layer] = []
-    for i, attention in enumerate(own):
-        start = stream.order[nodes[attention.output]]
-        following = stream.order[nodes[own[i + 1].output]] if i + 1 < len(own) else len(stream.order)
+    for i, site in enumerate(own):
+        attention = site if isinstance(site, AttentionSite) else None
+        start = places[i]
+        following = places[i + 1] if i + 1 < len(own) else len(stream.order)
         between = [d for d in stream.dominators if start < stream.order[d] < following]
         with_tokens = [d for d in between if d.name in axes and axes[d.name].spaces] or (
             [d for d in between if d.meta["val"].ndim == 3] if not axes[entry.name].spaces else []
         )
         points = [d for d in with_tokens if stream.branching(d)]
         after, output = stream_cuts(points, with_tokens, last=i + 1 == len(own))
-        no_cut = _why_no_cut(points, with_tokens, between) if after is None or output is None else None
+        if isinstance(site, MixerSite):
+            after, output = None, _last_join(with_tokens)
+        whole = output is not None and (after is not None or isinstance(site, MixerSite))
+        no_cut = None if whole else _why_no_cut(points, with_tokens, between)
         windowed = None
-        query = axes.get(attention.query)
-        if query is None or not query.spaces:
-            windowed = _why_lost(nodes[attention.query], walk)
+        read = site.output if attention is None else attention.query
+        if read not in axes or not axes[read].spaces:
+            windowed = _why_lost(nodes[read], walk)
         layers.append(
             Layer(
                 index=i,
                 attention=attention,
                 after_attention=None if after is None else after.name,
                 block_output=None if output is None else output.name,
-                label=_label(nodes[attention.output]),
+                label=_label(nodes[site.output]),
                 windowed=windowed,
                 no_cut=no_cut,
+                mixer=site if isinstance(site, MixerSite) else None,
+                sampling=site if isinstance(site, SamplingSite) else None,
             )
         )
     return layers
@@ -231,6 +288,19 @@ def stream_cuts(points: list[fx.Node], between: list[fx.Node], *, last: bool) ->
         norms = [d for d in behind if d.target is after.target]
         return after, norms[0] if norms else behind[0]
     return after, behind[0]
+
+
+def _last_join(between: list[fx.Node]) -> fx.Node | None:
+    """Return where the last branch of a block joins the stream: the mixer's, or that of an MLP behind it.
+
+    Args:
+        between: What everything passes behind the mixer and before the next one, with tokens.
+    """
+    joined = next(iter(between), None)
+    for node in between:
+        if node.target is aten.add.Tensor and joined in node.all_input_nodes:
+            joined = node
+    return joined
 
 
 def _why_no_cut(points: list[fx.Node], with_tokens: list[fx.Node], between: list[fx.Node]) -> str:
@@ -266,6 +336,12 @@ def _is_self_attention(site: AttentionSite, axes: dict[str, Value], walk: Walk, 
     )
 
 
+def _samples_itself(site: SamplingSite, axes: dict[str, Value], walk: Walk) -> bool:
+    """Those that sample are tokens of the stream, not queries of a decoder."""
+    sampled = axes.get(site.output)
+    return sampled is not None and walk.tokens in sampled.spaces
+
+
 def _why_lost(node: fx.Node, walk: Walk) -> AxisError | None:
     """The nearest refused operation on the way back from a node."""
     seen: set[fx.Node] = set()
@@ -285,61 +361,3 @@ def _label(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [str(entry[0]) for entry in stack.values() if entry[0]]
     return paths[-1] if paths else node.name
-
-
-def _special_tokens(program: Program, entry: fx.Node, axis: int, axes: dict[str, Value]) -> tuple[int, int]:
-    """Count leading and trailing special tokens.
-
-    They are concatenated to the patches before the entry, or a head selects them by position.
-    """
-    before, behind = _concatenated(entry, axis)
-    for node in program.graph.nodes:
-        operand = node.args[0] if node.args else None
-        if not isinstance(operand, fx.Node) or operand.name not in axes:
-            continue
-        value = axes[operand.name]
-        if node.target is aten.select.int:
-            dim, index = node.args[1], node.args[2]
-            if (
-                isinstance(dim, int)
-                and isinstance(index, int)
-                and value.axes[dim % value.rank]
-                and any(f.space is not None and not f.space.is_batch for f in value.axes[dim % value.rank])
-            ):
-                before, behind = (max(before, index + 1), behind) if index >= 0 else (before, max(behind, -index))
-    return before, behind
-
-
-def _concatenated(entry: fx.Node, axis: int) -> tuple[int, int]:
-    node: Any = entry
-    size = entry.meta["val"].shape[axis]
-    for _ in range(24):
-        if not isinstance(node, fx.Node) or node.op != "call_function":
-            return 0, 0
-        if node.target is aten.cat.default:
-            parts: Any = node.args[0]
-            dim = (node.args[1] if len(node.args) > 1 else 0) % entry.meta["val"].ndim
-            sizes = [part.meta["val"].shape[dim] for part in parts]
-            if dim == axis and not all(isinstance(s, int) and s > 64 for s in sizes):
-                # Of a class token and a single patch, the patch is the one behind.
-                widest = max(range(len(sizes)), key=lambda i: (_hint(sizes[i]), i))
-                before, behind = sizes[:widest], sizes[widest + 1 :]
-                if all(isinstance(s, int) for s in (*before, *behind)):
-                    return sum(before), sum(behind)
-            return 0, 0
-        same = [
-            n
-            for n in node.all_input_nodes
-            if isinstance(n.meta.get("val"), torch.Tensor)
-            and n.op == "call_function"
-            and n.meta["val"].ndim == entry.meta["val"].ndim
-            and same_size(n.meta["val"].shape[axis], size)
-        ]
-        if not same:
-            return 0, 0
-        node = same[0]
-    return 0, 0
-
-
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint or 0) if size.node.has_hint() else 2**31

@@ -92,6 +92,8 @@ class Walk:
         self.nodes = {node.name: node for node in program.graph.nodes}
         cuts = [self.nodes[name] for name in self.actions]
         self.stream = StreamNodes(None if entry is None else self.nodes[entry.node], cuts)
+        self.notes: dict[Any, Any] = {}
+        """What actions tell later ones."""
         self._inputs = dict(inputs or {})
         self._on_operand = on_operand
         self._rehearsing = False

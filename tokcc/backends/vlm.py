@@ -42,10 +42,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class _Features:
-    """Rows ``[rows, H]`` of one picture and the placeholders that stand for them."""
+    """Rows ``[rows, H]`` of one picture, the placeholders that stand for them, and what the encoder told of them."""
 
     rows: Array
     chunks: tuple[Chunk, ...]
+    told: Mapping[str, Array]
 
 
 class VisionLanguage:
@@ -78,6 +79,9 @@ class VisionLanguage:
         self.tile = contract.shape[-1] if isinstance(contract.shape[-1], int) else 0
         """Side of what the encoder reads, in pixels, for models that read images."""
         self.engine = DecoderEngine(self.bundle, threads=threads)
+        marks = {name: f"{media.output}.{name}" for name, item in self.engine.added.items() if item.shape == ("B", "S")}
+        # What a step in the encoder marks its tokens with, and one in the decoder reads.
+        self._told = {name: output for name, output in marks.items() if output in self._encoder.outputs}
         self._line_end = np.load(self.bundle.path / media.line_end) if media.line_end else None
 
     def encode(self, pictures: Sequence[Picture]) -> list[Array]:
@@ -147,9 +151,13 @@ class VisionLanguage:
         embeds = self.engine.embed(ids).copy()
         places = (ids == self.media.token_id) & (mask == 1)
         beside = {name: places.astype(np.int64) for name in self.media.masks}
+        nothing = self.engine.nothing(*ids.shape)
+        beside |= {name: nothing[name] for name in self._told}
         for number, own in enumerate(features):
             if own:
                 embeds[number, places[number]] = np.concatenate([item.rows for item in own])
+                for name in self._told:
+                    beside[name][number, places[number]] = np.concatenate([item.told[name] for item in own])
         if self.media.positions == "rows":
             return rows, Media(embeds, beside=beside)
         positions = np.zeros((self.engine.position_axes, *ids.shape), np.int64)
@@ -173,10 +181,13 @@ class VisionLanguage:
         features = np.concatenate([result[self.media.output] for result in results])
         index = None if self.media.index is None else np.concatenate([result[self.media.index] for result in results])
         there = self._there(results, features)
+        told = {name: np.concatenate([result[output] for result in results]) for name, output in self._told.items()}
         made, start = [], 0
         for picture, count in zip(pictures, counts, strict=True):
             span = slice(start, start + count)
-            made.append(self._of_picture(picture, features[span], None if index is None else index[span], there[span]))
+            own = {name: values[span][there[span]] for name, values in told.items()}
+            places = None if index is None else index[span]
+            made.append(self._of_picture(picture, features[span], places, there[span], own))
             start += count
         return made
 
@@ -208,17 +219,23 @@ class VisionLanguage:
         lengths = np.concatenate([result[self.media.lengths] for result in results])
         return np.arange(features.shape[1])[None] < lengths[:, None]
 
-    def _of_picture(self, picture: Picture, features: Array, index: Array | None, there: Array) -> _Features:
+    def _of_picture(
+        self, picture: Picture, features: Array, index: Array | None, there: Array, told: Mapping[str, Array]
+    ) -> _Features:
         """Return the rows of one picture: of its units one after the other, or as its tiles lie."""
         media = self.media
         if media.packing == "anyres":
             whole = media.tokens == media.stock_tokens
+            if whole and told:
+                raise UsageError(
+                    f"the encoder tells `{min(told)}` of the tokens of each tile, and tiles are laid side by side",
+                    needed="a policy that leaves fewer tokens of a tile, which then follow each other",
+                )
             tiles = features if whole else np.zeros((len(features), media.stock_tokens, features.shape[2]))
             rows = packed(tiles, picture.size, media.pinpoints, self.tile, self._line_end)
             # Fewer tokens have no place in a grid: they follow each other, and stand for all of the image.
-            return _Features(
-                rows if whole else features[there], (Chunk(len(rows), len(rows) if whole else int(there.sum())),)
-            )
+            chunk = Chunk(len(rows), len(rows) if whole else int(there.sum()))
+            return _Features(rows if whole else features[there], (chunk,), told)
         chunks = tuple(
             Chunk(
                 media.stock_tokens if media.lengths is None else int(own.sum()),
@@ -229,4 +246,4 @@ class VisionLanguage:
             )
             for number, own in enumerate(there)
         )
-        return _Features(features[there], chunks)
+        return _Features(features[there], chunks, told)

@@ -11,7 +11,9 @@ from torch.export import ExportedProgram
 from tokcc.capture.dim_names import with_declared_names
 from tokcc.capture.drop_noops import DropNoops
 from tokcc.capture.fold_constants import FoldConstants
+from tokcc.capture.functional import functional
 from tokcc.capture.narrow_masks import NarrowMasks
+from tokcc.capture.roll_scans import RollLoops, RollScans
 from tokcc.errors import CaptureError
 from tokcc.ir.program import Pass, Program
 from tokcc.ir.verify import verify
@@ -21,13 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["capture", "clean", "export"]
 
-CLEANING: tuple[Pass, ...] = (DropNoops(), FoldConstants(), NarrowMasks(), DropNoops())
+CLEANING: tuple[Pass, ...] = (RollScans(), DropNoops(), RollLoops(), FoldConstants(), NarrowMasks(), DropNoops())
 
 
 def export(loaded: Loaded) -> ExportedProgram:
     """Trace a loaded model with ``torch.export`` and decompose to the small op set.
 
-    The empty decomposition table keeps ``linear``, ``layer_norm`` and SDPA whole and makes the graph functional.
+    The small op set keeps ``linear``, ``layer_norm`` and SDPA whole, and the graph is functional.
 
     Raises:
         CaptureError: When the model cannot be traced; the reason is torch's.
@@ -39,8 +41,7 @@ def export(loaded: Loaded) -> ExportedProgram:
         exported = _trace(loaded)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own use of its deprecated pytree classes
-        decomposed: ExportedProgram = exported.run_decompositions({})
-        return decomposed
+        return functional(exported)
 
 
 def _trace(loaded: Loaded) -> ExportedProgram:

@@ -236,7 +236,8 @@ def _load_model(
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with names
-            **({"use_safetensors": not pickled} if gguf is None else _gguf_argument(gguf)),
+            # A GGUF file's configuration is not read again: that reads its whole vocabulary.
+            **({"use_safetensors": not pickled} if gguf is None else {**_gguf_argument(gguf), "config": config}),
             **({"trust_remote_code": False} if kind.__name__.startswith("Auto") else {"config": part}),
         )
     except Exception as error:  # transformers and safetensors raise many kinds for a damaged or foreign folder

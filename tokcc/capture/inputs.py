@@ -89,9 +89,9 @@ def parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
-def parse_inputs(texts: Sequence[str]) -> tuple[InputSpec, ...]:
-    """Parse ``NAME=DTYPE[dims]`` strings."""
-    specs = tuple(_parse_input(text) for text in texts)
+def parse_inputs(texts: str | Sequence[str]) -> tuple[InputSpec, ...]:
+    """Parse ``NAME=DTYPE[dims]`` strings, or one."""
+    specs = tuple(_parse_input(text) for text in ([texts] if isinstance(texts, str) else texts))
     _refuse_repeats("--input", [spec.name for spec in specs])
     return specs
 

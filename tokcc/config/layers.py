@@ -11,7 +11,7 @@ from tokcc.config.checks import Strict, nearest, problem
 
 __all__ = ["At", "Site"]
 
-Site = Literal["after_attention", "block_output", "encoder_output", "projector_output"]
+Site = Literal["block_input", "after_attention", "block_output", "encoder_output", "projector_output"]
 
 _RANGE = re.compile(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*(?::\s*([1-9]\d*)?\s*)?")
 _WORDS = ("all", "even", "odd")

@@ -45,8 +45,18 @@ class TokenSpace:
         step: Index of the policy step that made the space, for messages.
         restore: The step's ``restore``.
         notes: What pieces remember about the tokens from cut to cut, by piece.
+        facts: What is told about the tokens beside them, by name: ``[B, K]``.
         tails: Sub-spaces "all but the first p tokens", by p.
         tail_of: For such a sub-space, the space and p.
+        sequence: True when the tokens are an ordered part of the parent's, protected ones with a place of their own
+            excepted: what runs over tokens one after the other may run over them.
+        fixed: Protected tokens with a place of their own among the others: place in the parent -> place here.
+        passed: int64 ``[B, K]``: how many removed tokens of the root stand before each token, where a state that runs
+            over the tokens decays over them too; None where they count for nothing. Only differences matter.
+        flipped: The same tokens from behind, once asked for.
+        flip_of: For such a space, the one it is made from.
+        around: Set when the tokens have padding around them: the tokens' own space, places before and behind.
+        surrounded: Such spaces, by places before and behind.
     """
 
     name: str
@@ -70,8 +80,16 @@ class TokenSpace:
     restore: str = "none"
     is_batch: bool = False
     notes: dict[Any, Any] = field(default_factory=dict)
+    facts: dict[str, Handle] = field(default_factory=dict)
     tails: dict[int, TokenSpace] = field(default_factory=dict)
     tail_of: tuple[TokenSpace, int] | None = None
+    sequence: bool = True
+    fixed: dict[int, int] = field(default_factory=dict)
+    passed: Handle | None = None
+    flipped: TokenSpace | None = None
+    flip_of: TokenSpace | None = None
+    around: tuple[TokenSpace, int, int] | None = None
+    surrounded: dict[tuple[int, int], TokenSpace] = field(default_factory=dict)
 
     @property
     def root(self) -> TokenSpace:

@@ -66,6 +66,8 @@ class SizeWatch:
     _axes: dict[sympy.Symbol, str] = field(default_factory=dict)
     _ranges: dict[sympy.Symbol, Any] = field(default_factory=dict)
     _equal: dict[sympy.Symbol, Any] = field(default_factory=dict)
+    _fine: dict[sympy.Symbol, Any] = field(default_factory=dict)
+    """The ranges that were compared already: this is asked behind every node, and comparing is slow."""
     _first: Loss | None = None
 
     def watch(self, name: str, sizes: Sequence[Any], least: int = 0) -> None:
@@ -100,8 +102,11 @@ class SizeWatch:
             # A sum of sizes that tokcc derived is another name of the same size; a number or another input's is not.
             if other not in (None, self._equal[symbol]) and other.free_symbols <= self._axes.keys():
                 return Loss(symbol, axis, node, _interval(wanted), f"only {other}")
-            if wanted is not None and left is not None and (left.lower > wanted.lower or left.upper < wanted.upper):
+            if wanted is None or left is None or left is self._fine.get(symbol):
+                continue
+            if left.lower > wanted.lower or left.upper < wanted.upper:
                 return Loss(symbol, axis, node, _interval(wanted), _interval(left))
+            self._fine[symbol] = left
         return None
 
 

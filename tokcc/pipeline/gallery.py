@@ -156,7 +156,7 @@ def _follow(
     Raises:
         TokccError: It does not fit the model, needs more than a photo, or does nothing.
     """
-    plan = make_plan(policy, sites)
+    plan = make_plan(policy, sites, advise=False)
     if plan.inputs:
         raise PlanError(
             "it reads inputs that a photo does not have: " + ", ".join(f"`{spec.name}`" for spec in plan.inputs),

@@ -9,7 +9,7 @@ from typing import Any
 from tokcc.analysis.cache_masks import mask_input, sliding_windows
 from tokcc.analysis.cache_sites import CacheSite, cache_sites
 from tokcc.analysis.rotation import find_rotation
-from tokcc.analysis.sites import Sites, find_sites
+from tokcc.analysis.sites import Layer, Sites, find_sites
 from tokcc.capture.export import capture
 from tokcc.capture.vlm.load import EMBED, LoadedParts
 from tokcc.config import LoadedPolicy, load_policy
@@ -75,7 +75,7 @@ class Inspection:
         return {
             "model": self.model,
             "tokens": str(sites.tokens),
-            "special_tokens": {"first": sites.prefix, "last": sites.suffix},
+            "special_tokens": {"first": sites.prefix, "last": sites.suffix, **_middle(sites)},
             "stream": sites.entry.node,
             "nodes": len(self.program.graph.nodes),
             "inputs": [self.program.public_name(n) for n in self.program.user_inputs],
@@ -84,7 +84,7 @@ class Inspection:
                 {
                     "layer": block.index,
                     "module": block.label,
-                    "attention": "fused" if block.attention.fused else "written out",
+                    "attention": _mixing(block),
                     "after_attention": block.after_attention or "-",
                     "block_output": block.block_output or "-",
                     "note": "" if block.windowed is None else block.windowed.what,
@@ -113,7 +113,18 @@ class Inspection:
         """Return the layers at which a policy does something."""
         if self.sites is None:
             return sorted({part.layer for part in make_cache_plan(policy, self.program, self.caches).parts})
-        return [reduction.layer for reduction in make_plan(policy, self.sites).reductions]
+        return [reduction.layer for reduction in make_plan(policy, self.sites, advise=False).reductions]
+
+
+def _middle(sites: Sites) -> dict[str, int]:
+    return {} if sites.middle is None else {"middle": sites.middle}
+
+
+def _mixing(block: Layer) -> str:
+    """Say how a block's tokens meet."""
+    if block.attention is None:
+        return "state-space scan"
+    return "fused" if block.attention.fused else "written out"
 
 
 @dataclass(frozen=True)

@@ -423,14 +423,16 @@ def kept_tokens(
         size: Height and width of the pictures among them; None for text.
     """
     special = plan.sites.prefix + plan.sites.suffix
+    # A class token between the patches is none of the grid's.
+    middle = [] if plan.sites.middle is None else [plan.sites.middle]
     return [
         KeptTokens(
             layer=layer,
             step=name,
-            kept=kept,
-            assign=assign,
+            kept=np.delete(kept, middle, axis=1),
+            assign=None if assign is None else np.delete(assign, middle, axis=1),
             prefix=plan.sites.prefix,
-            grid=None if size is None else patch_grid(kept.shape[1] - special, *size),
+            grid=None if size is None else patch_grid(kept.shape[1] - special - len(middle), *size),
         )
         for layer, name, kept, assign in kept_stages(program, plan, feeds)
     ]

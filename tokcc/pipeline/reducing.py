@@ -99,7 +99,8 @@ def _refuse_other_parts(policy: LoadedPolicy, kind: str) -> None:
             raise PlanError(
                 f"the step is for the {step.at.part} of a model, and this is the {kind}",
                 policy=policy.where(("steps", number, "at", "part")),
-                help="only models that read images or sounds beside text have both",
+                help=f"use a method for {kind}s (`tokcc presets` lists them): only models that read images or sounds "
+                "beside text have both",
             )
 
 

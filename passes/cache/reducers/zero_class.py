@@ -44,6 +44,7 @@ class ZeroClass(CacheReducer):
             raise PlanError(
                 "the reducer `zero_class` weighs by scores, which the selector does not hand on",
                 needed="`select: {kind: rated_best}`",
+                help="use that selector, or `reduce: {kind: drop}`",
             )
         b, index = cut.b, retained.index
         count = b.size(index, 2)

@@ -55,6 +55,7 @@ class WindowHeads(WindowAttention):
                 f"the heads that rate layer {cut.layer} do not fit the model",
                 needed=f"query heads between 0 and {cut.heads - 1} for each layer from which something is evicted",
                 found=", ".join(map(str, chosen)) or f"heads of the layers {', '.join(map(str, sorted(self.raters)))}",
+                help="measure the model that is compiled, or give `raters` for each of its layers",
             )
         rows = b.min_sizes(self.window, cut.new)
         sums = b.where(cut.newest(self.window), 0.0, b.sum(cut.probs(rows), 3))  # [B, Hkv, G, L]

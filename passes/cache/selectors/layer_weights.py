@@ -54,12 +54,17 @@ class LayerWeights(Best):
     def capacity(self, cut: CacheCut, planned: Count) -> Any:
         """See :class:`LayerWeights`."""
         if planned.kind != "tokens":
-            raise PlanError("weights of layers share out a fixed capacity", needed="`budget: {tokens: ...}`")
+            raise PlanError(
+                "weights of layers share out a fixed capacity",
+                needed="`budget: {tokens: ...}`",
+                help="give a number of entries instead of a share",
+            )
         if len(self.errors) != cut.num_layers:
             raise PlanError(
                 "the weights of the layers do not fit the model",
                 needed=f"one error for each of its {cut.num_layers} layers",
                 found=f"{len(self.errors)} errors",
+                help="measure the model that is compiled, and give one number for each of its layers",
             )
         if self.least > planned.amount or self.least < cut.recent + cut.sinks:
             raise PlanError(
@@ -67,6 +72,7 @@ class LayerWeights(Best):
                 needed=f"`select: {{least: ...}}` between the {cut.sinks + cut.recent} protected entries and the "
                 f"capacity of {planned.amount}",
                 found=str(self.least),
+                help="choose `least` between the two, or a larger budget",
             )
         return self.shares(int(planned.amount))[cut.layer]
 

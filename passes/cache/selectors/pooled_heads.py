@@ -40,7 +40,11 @@ class PooledHeads(Best):
     def capacity(self, cut: CacheCut, planned: Count) -> Any:
         """See :class:`PooledHeads`."""
         if planned.kind != "tokens":
-            raise PlanError("heads compete for a fixed capacity", needed="`budget: {tokens: ...}`")
+            raise PlanError(
+                "heads compete for a fixed capacity",
+                needed="`budget: {tokens: ...}`",
+                help="give a number of entries instead of a share",
+            )
         return int(self.widest * int(planned.amount))
 
     def select(self, cut: CacheCut, score: Any) -> Retained:

@@ -28,7 +28,11 @@ class ValueChange(PromptScore):
         """See :class:`ValueChange`."""
         b = cut.b
         if cut.old is None:
-            cut.fail("there are no old values to compare with", needed="`reduce: {kind: recompute}`")
+            cut.fail(
+                "there are no old values to compare with",
+                needed="`reduce: {kind: recompute}`",
+                help="add it to the step, or use another score",
+            )
         old = cut.old(cut.layer, "value")  # [B, Hkv, R, Dv]
         rows = b.size(old, 2)
         new = run_of(b, cut.attention(cut.layer).value, 2, 0, rows)

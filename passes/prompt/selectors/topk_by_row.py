@@ -26,7 +26,11 @@ class TopKByRow(PromptSelector):
         """See :class:`TopKByRow`."""
         b, topk = cut.b, torch.ops.tokcc.topk_select.default
         if cut.quota is None:
-            cut.fail("nothing says how many tokens each row keeps", needed="`reduce: {kind: recompute}`")
+            cut.fail(
+                "nothing says how many tokens each row keeps",
+                needed="`reduce: {kind: recompute}`",
+                help="add it to the step, or use `select: {kind: topk}`",
+            )
         rating = b.where(b.logical_and(cut.candidates, cut.real), b.cast(score, torch.float32), LOWEST)
         best = b.call(topk, rating, cut.kept, False)  # [B, K], the best ones first
         wanted = b.cast(b.compare("lt", b.unsqueeze(b.arange(cut.kept, rating), 0), cut.quota), torch.float32)

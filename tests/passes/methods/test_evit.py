@@ -99,7 +99,7 @@ def test_the_example_of_the_long_form_can_be_planned() -> None:
         (5, "weighted_mean"),
         (6, "weighted_mean"),
     ]
-    assert plan.reductions[0].reduce.model_dump() == {"fuse_rest": True}
+    assert plan.reductions[0].reduce.model_dump() == {"fuse_rest": True, "align": "none"}
 
 
 def test_one_token_kept() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tokcc.analysis.rules import attention, indexing, matmul, norm, pointwise, reduction, views
+from tokcc.analysis.rules import attention, indexing, matmul, norm, pointwise, reduction, sampling, sequence, views
 
 __all__ = ["Rule", "rule_for", "rules"]
 
@@ -27,6 +27,8 @@ _TABLES: tuple[dict[Any, Rule], ...] = (
     norm.RULES,
     reduction.RULES,
     pointwise.RULES,
+    sequence.RULES,
+    sampling.RULES,
 )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tokcc.analysis.context import Context
+from tokcc.analysis.rules import sequence
 from tokcc.ir.builder import same_size
 from tokcc.ir.space import Axis, Factor, TokenSpace
 from tokcc.ir.value import Value
@@ -56,7 +57,10 @@ def _position(ctx: Context, space: TokenSpace, index: Any) -> Any:
         before = step.parent.size
         if index >= 0 and isinstance(before, int) and index >= before - step.suffix:
             index -= before  # protected at the end: counted from there
-        if step.rows is not None:
+        place = index + before if index < 0 and isinstance(before, int) else index
+        if place in step.fixed:
+            index = step.fixed[place]
+        elif step.rows is not None:
             index = _row(ctx, step.rows, index + before if index < 0 and isinstance(before, int) else index)
         elif not (0 <= index < step.prefix or 0 < -index <= step.suffix):
             ctx.fail(
@@ -82,6 +86,8 @@ def slice_(ctx: Context, x: Value, dim: int = 0, start: Any = None, end: Any = N
     old = ctx.old_shape()
     space = _token_space(ctx, x.axes[dim])
     start = 0 if start is None else start
+    if space is not None and space.around is not None and step == 1:
+        return sequence.cut_out(ctx, x, dim, space, start, old)
     if same_size(old[dim], x.old[dim]):
         if ctx.clean:
             return x.having(handle=ctx.emit(), old=old)
@@ -152,6 +158,8 @@ def _place(reductions: Sequence[TokenSpace], start: int, count: int) -> int | No
             if step.rows[place : place + count] != tuple(range(start, start + count)):
                 return None
             start = place
+        elif count == 1 and start in step.fixed:
+            start = step.fixed[start]
         elif not 0 <= start <= step.prefix - count:
             return None
     return start if start >= 0 else None

@@ -105,14 +105,58 @@ def conv(ctx: Context, x: Value, weight: Value, bias: Value | None = None, *rest
     return x.having(handle=handle, axes=axes, old=old)
 
 
+def einsum(ctx: Context, equation: str, operands: list[Value], **kwargs: Any) -> Value:
+    """A product written with letters: axes of one letter agree, letters that are not in the result are summed over."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    labels = inputs.split(",")
+    plain = all(len(set(own)) == len(own) == v.rank for own, v in zip(labels, operands, strict=True))
+    if not arrow or "." in equation or not plain:
+        ctx.fail("no axis rule for an einsum with repeated letters, dots or without `->`")
+    if not ctx.clean:
+        operands, labels = _with_samples(ctx, operands, labels)
+        equation = f"{','.join(labels)}->{output}"
+    letters = list(dict.fromkeys("".join(labels)))
+    groups: list[Group] = [
+        [(i, own.index(letter)) for i, own in enumerate(labels) if letter in own] for letter in letters
+    ]
+    aligned, joints = ctx.align(operands, groups)
+    found = dict(zip(letters, joints, strict=True))
+    for letter in letters:
+        if letter not in output and _has_tokens(found[letter]):
+            ends = [v.axes[own.index(letter)] for own, v in zip(labels, aligned, strict=True) if letter in own]
+            if not any(f.normalised for axis in ends for f in axis):
+                ctx.fail("a product sums over the token axis without attention weights")
+    handle = ctx.emit(equation, [v.handle for v in aligned], **kwargs)
+    axes = tuple(found[letter] for letter in output)
+    return Value(handle, axes, ctx.old_shape(), side=all(v.side for v in operands))
+
+
+def _with_samples(ctx: Context, operands: list[Value], labels: list[str]) -> tuple[list[Value], list[str]]:
+    """Give tables that tokens chosen per sample will be taken from an axis for the samples."""
+    found = [
+        (letter, axis)
+        for v, own in zip(operands, labels, strict=True)
+        for letter, axis in zip(own, v.axes, strict=True)
+    ]
+    samples = next((k for k, axis in found if any(f.space is not None and f.space.is_batch for f in axis)), None)
+    tokens = {letter for letter, axis in found if _has_tokens(axis)}
+    if samples is None:
+        return operands, labels
+    result = list(operands)
+    for i, (value, own) in enumerate(zip(operands, labels, strict=True)):
+        if samples not in own and not value.spaces and tokens & set(own):
+            result[i], labels = ctx.pad_rank(value, value.rank + 1), [*labels[:i], samples + own, *labels[i + 1 :]]
+    return result, labels
+
+
 RULES: dict[Any, Any] = {
+    aten.einsum.default: einsum,
     aten.linear.default: linear,
     aten.addmm.default: addmm,
     aten.mm.default: matmul,
     aten.matmul.default: matmul,
     aten.bmm.default: matmul,
     aten.baddbmm.default: baddbmm,
-    aten.conv1d.default: conv,
     aten.conv2d.default: conv,
     aten.conv3d.default: conv,
     aten.conv1d.padding: conv,

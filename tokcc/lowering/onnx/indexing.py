@@ -44,6 +44,37 @@ def slice_(
     )
 
 
+def slice_scatter(
+    t: Translator, node: fx.Node, x: Any, source: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Any:
+    """A tensor with a range of an axis replaced."""
+    size = node.meta["val"].shape[dim % _rank(x)]
+    known = isinstance(size, int) and all(part is None or isinstance(part, int) for part in (start, end))
+    if step != 1 or not known:
+        raise LoweringError("a range with steps, or of symbolic size, is replaced", node=node.name)
+    first, last, _ = slice(start, end).indices(size)
+    parts = [t.value(source)]
+    if first:
+        parts.insert(0, _range(t, x, dim, 0, first))
+    if last < size:
+        parts.append(_range(t, x, dim, last, size))
+    return t.op("Concat", *parts, axis=dim % _rank(x)) if len(parts) > 1 else parts[0]
+
+
+def copy(t: Translator, node: fx.Node, x: Any, source: Any, *rest: Any) -> Any:
+    """What was written over the whole of ``x``."""
+    del rest
+    made = t.value(source)
+    wanted, given = node.meta["val"], source.meta["val"]
+    if wanted.dtype != given.dtype:
+        made = t.op("Cast", made, to=int(ir_dtype(wanted.dtype)))
+    return made if tuple(wanted.shape) == tuple(given.shape) else t.op("Expand", made, t.op("Shape", t.value(x)))
+
+
+def _range(t: Translator, x: Any, dim: int, first: int, last: int) -> Any:
+    return t.op("Slice", t.value(x), t.op.ints([first]), t.op.ints([last]), t.op.ints([dim % _rank(x)]))
+
+
 def embedding(t: Translator, node: fx.Node, table: Any, index: Any, *rest: Any) -> Any:
     """Rows of a table."""
     del node, rest
@@ -154,6 +185,8 @@ def diagonal(t: Translator, node: fx.Node, x: Any, offset: int = 0, first: int =
 LOWERINGS: dict[Any, Any] = {
     aten.select.int: select,
     aten.slice.Tensor: slice_,
+    aten.slice_scatter.default: slice_scatter,
+    aten.copy.default: copy,
     aten.embedding.default: embedding,
     aten.index_select.default: index_select,
     aten.gather.default: gather,

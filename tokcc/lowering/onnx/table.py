@@ -11,7 +11,9 @@ from tokcc.lowering.onnx import (
     cached_attention,
     elementwise,
     indexing,
+    recurrence,
     reductions,
+    sampling,
     shapes,
     sizes,
     subset,
@@ -25,6 +27,20 @@ __all__ = ["lowerings"]
 def lowerings() -> dict[Any, Any]:
     """Return every lowering by operation."""
     table: dict[Any, Any] = {}
-    for module in (sizes, shapes, elementwise, reductions, indexing, algebra, tokens, subset, cache, cached_attention):
+    modules = (
+        sizes,
+        shapes,
+        elementwise,
+        reductions,
+        indexing,
+        algebra,
+        tokens,
+        subset,
+        cache,
+        cached_attention,
+        recurrence,
+        sampling,
+    )
+    for module in modules:
         table.update(module.LOWERINGS)
     return table

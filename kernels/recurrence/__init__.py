@@ -1,0 +1,30 @@
+"""``tokcc::recurrence``: a state that decays and is added to, token by token."""
+
+import torch
+from torch import Tensor
+
+from tokcc.kernels.recurrence.reference import reference
+
+__all__ = ["recurrence"]
+
+
+@torch.library.custom_op("tokcc::recurrence", mutates_args=())
+def recurrence(decay: Tensor, update: Tensor, axis: int) -> Tensor:
+    """Run ``state[t] = decay[t] * state[t - 1] + update[t]`` along an axis, from a state of zeros.
+
+    This is the scan of state-space models (Mamba, arXiv:2312.00752, eq. 2a) once they are discretised.
+
+    Args:
+        decay: ``[..., T, ...]``, floating point.
+        update: The same shape and dtype.
+        axis: Which axis is ``T``.
+
+    Returns:
+        The states of all steps, in the shape of ``update``.
+    """
+    return reference(decay, update, axis)
+
+
+@recurrence.register_fake
+def _(decay: Tensor, update: Tensor, axis: int) -> Tensor:
+    return update.new_empty(update.shape)

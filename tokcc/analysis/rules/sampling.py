@@ -1,0 +1,37 @@
+"""Sampling an image at places, and putting values beside each other on a new axis: what deformable attention does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tokcc.analysis.context import Context
+from tokcc.ir.space import Axis, Factor
+from tokcc.ir.value import Value
+
+__all__ = ["RULES"]
+
+aten = torch.ops.aten
+
+
+def grid_sampler(ctx: Context, image: Value, grid: Value, *how: Any) -> Value:
+    """Sample ``[G, C, h, w]`` at the places ``[G, H, W, 2]``: the result ``[G, C, H, W]`` has the places' axes."""
+    if image.reduced:
+        ctx.fail("an image is made of fewer tokens than it has pixels")
+    ((image, grid), joints) = ctx.align([image, grid], [[(0, 0), (1, 0)]])
+    handle = ctx.emit(image.handle, grid.handle, *how)
+    return Value(handle, (joints[0], image.axes[1], grid.axes[1], grid.axes[2]), ctx.old_shape())
+
+
+def stack(ctx: Context, parts: Sequence[Value], dim: int = 0) -> Value:
+    """Values of one shape beside each other on a new axis."""
+    values, axes, _ = ctx.broadcast(list(parts))
+    handle, old = ctx.emit([value.handle for value in values], dim), ctx.old_shape()
+    place = dim % len(old)
+    new: Axis = () if len(parts) == 1 else (Factor(None, len(parts)),)
+    return Value(handle, (*axes[:place], new, *axes[place:]), old, side=all(value.side for value in parts))
+
+
+RULES: dict[Any, Any] = {aten.grid_sampler.default: grid_sampler, aten.stack.default: stack}

@@ -1,0 +1,56 @@
+"""``tokcc::recurrence`` as a Scan: its body reads nothing from outside, as most runtimes want it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+import tokcc.kernels
+from tokcc.lowering.onnx.recorder import SubgraphRecorder
+from tokcc.lowering.onnx.translate import Translator, ir_dtype
+
+__all__ = ["LOWERINGS"]
+
+assert tokcc.kernels is not None
+
+
+def recurrence(t: Translator, node: fx.Node, decay: Any, update: Any, axis: int) -> Any:
+    """The state is what runs from token to token; it leaves the loop once for each of them."""
+    op, fake = t.op, node.meta["val"]
+    place, kind = axis % fake.ndim, ir_dtype(fake.dtype)
+    first = op("Slice", t.value(update), op.ints([0]), op.ints([1]), op.ints([place]))
+    zeros = op("Mul", op("Squeeze", first, op.ints([place])), op.constant(0.0, kind))
+    scope = f"{op.scope}/scan"
+    state, kept, added = (
+        ir.Value(name=op.unique(f"{scope}/{name}"), type=ir.TensorType(kind)) for name in ("state", "decay", "update")
+    )
+    body = SubgraphRecorder(op, scope)
+    after = body("Add", body("Mul", kept, state), added)
+    graph = body.graph([state, kept, added], [after, body("Identity", after)], [kind, kind])
+    made = op(
+        "Scan",
+        zeros,
+        t.value(decay),
+        t.value(update),
+        outputs=2,
+        body=graph,
+        num_scan_inputs=2,
+        scan_input_axes=[place, place],
+        scan_output_axes=[place],
+    )
+    return made[1]
+
+
+def einsum(t: Translator, node: fx.Node, equation: str, operands: Any, **kwargs: Any) -> Any:
+    """A product written with letters."""
+    del node, kwargs
+    return t.op("Einsum", *(t.value(x) for x in operands), equation=equation)
+
+
+LOWERINGS: dict[Any, Any] = {
+    torch.ops.tokcc.recurrence.default: recurrence,
+    torch.ops.aten.einsum.default: einsum,
+}
