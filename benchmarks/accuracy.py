@@ -125,7 +125,7 @@ class Texts:
 
 
 def extract(encoder: Encoder, engine: Path, items: Items, threads: int, cache: Path) -> probe.Features:
-    """Run an engine over all items, or read what an earlier run of the same engine gave for them."""
+    """Run an engine over all items, or read what an earlier run of the same engine gave: its outputs side by side."""
     if len(items) == 0:
         return np.zeros((0, 0), dtype=np.float32)
     key = hashlib.sha256(engine.read_bytes())
@@ -136,10 +136,10 @@ def extract(encoder: Encoder, engine: Path, items: Items, threads: int, cache: P
         return np.asarray(np.load(stored), dtype=np.float32)
     session = open_session(engine, threads)
     parts = [
-        session.run(list(encoder.model.outputs), encoder.feeds(items[start : start + encoder.batch]))[0]
+        session.run(list(encoder.model.outputs), encoder.feeds(items[start : start + encoder.batch]))
         for start in range(0, len(items), encoder.batch)
     ]
-    features: probe.Features = np.concatenate(parts)
+    features: probe.Features = np.concatenate([np.concatenate(part, axis=-1) for part in parts])
     cache.mkdir(parents=True, exist_ok=True)
     np.save(stored, features)
     return features

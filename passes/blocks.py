@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from tokcc.errors import AxisError
 from tokcc.ir.builder import Builder
 from tokcc.passes.ordering import LOWEST
 from tokcc.passes.trained import TensorSpec, Trained, activated, linear_specs
@@ -125,7 +126,11 @@ class Blocks(Trained):
         """``[B, L, H * d]`` -> ``[B, H, L, d]``."""
         width = b.shape(x)[2]
         if width % heads:
-            raise ValueError(f"{width} numbers are not those of {heads} heads")
+            raise AxisError(
+                f"{width} numbers are not those of {heads} heads",
+                needed="a number of heads that divides the width",
+                help="give `heads` as the weights were trained with",
+            )
         return b.transpose(b.reshape(x, [b.size(x, 0), b.size(x, 1), heads, width // heads]), 1, 2)
 
     def _repeated(self, b: Builder, x: Any) -> Any:

@@ -124,10 +124,10 @@ def narrowing(layers: dict[str, Bypassed]) -> Callable[[Walk, fx.Node, fx.Node, 
 
 
 def refuse_cuts_inside(sites: Sites, reductions: Sequence[PlannedReduction]) -> None:
-    """Check that nothing else is reduced in a layer that some tokens pass by.
+    """Check that one step alone chooses the tokens of a layer that others pass by, and none reduces them inside it.
 
     Raises:
-        PlanError: Something is.
+        PlanError: Another step does.
     """
     for reduction in reductions:
         if not reduction.reduce.bypasses:
@@ -136,6 +136,13 @@ def refuse_cuts_inside(sites: Sites, reductions: Sequence[PlannedReduction]) -> 
         assert end is not None
         start, stop = sites.order[reduction.cut], sites.order[end]
         for other in reductions:
+            if other is not reduction and other.reduce.bypasses and other.cut == reduction.cut:
+                raise PlanError(
+                    f"two steps choose the tokens that layer {reduction.layer} runs for",
+                    policy=other.where,
+                    found=f"the first is {reduction.where}",
+                    help="give the steps different layers, or leave one out",
+                )
             if other is not reduction and start < sites.order[other.cut] < stop:
                 raise PlanError(
                     f"tokens pass layer {reduction.layer} by, and another step reduces them inside it",

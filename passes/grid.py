@@ -29,7 +29,7 @@ def grid_of(cut: Cut, rows: int | None, *, parameter: str = "grid_rows") -> tupl
     if size % height or (rows is None and height * height != size):
         cut.ctx.fail(
             f"{size} tokens are no grid" + (" of equal sides" if rows is None else f" of {rows} rows"),
-            needed=f"the number of rows of the grid, as the parameter `{parameter}`",
+            needed=f"the number of rows of the grid, as the parameter `{parameter}`; no class token among the patches",
             help=f"set the parameter `{parameter}`",
         )
     return height, size // height

@@ -42,8 +42,15 @@ def masked(cut: Cut, score: Any) -> Any:
 def around(cut: Cut, rating: Any) -> Any:
     """Put zeros at the protected tokens around a rating of the candidates: fp32 ``[B, M]`` -> ``[B, N]``."""
     b = cut.b
-    before, behind = (b.full([cut.batch.size, n], 0.0, torch.float32, cut.x) for n in (cut.first, cut.last))
-    return b.cat([before] * bool(cut.first) + [rating] + [behind] * bool(cut.last), 1)
+
+    def zeros(count: int) -> list[Any]:
+        return [b.full([cut.batch.size, count], 0.0, torch.float32, cut.x)] if count else []
+
+    parts = [rating]
+    if cut.middle is not None:
+        place = cut.middle - cut.first
+        parts = [b.slice(rating, 1, 0, place), *zeros(1), b.slice(rating, 1, place)]
+    return b.cat([*zeros(cut.first), *parts, *zeros(cut.last)], 1)
 
 
 def keep_indices(

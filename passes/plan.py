@@ -318,7 +318,9 @@ def _check_bypass(policy: LoadedPolicy, number: int, step: Step, sites: Sites, l
             else "in front of a layer tokens can only pass it by",
             policy=policy.where(("steps", number, "at")),
             needed="`site: block_input` with `reduce: {kind: bypass}`",
-            help=None if bypasses else "for other reductions use `site: block_output` of the layer before",
+            help="set `site: block_input`"
+            if bypasses
+            else "for other reductions use `site: block_output` of the layer before",
         )
     block = sites.layers[layer] if bypasses else None
     if block is not None and block.block_output is None:

@@ -138,16 +138,73 @@ def _decoder_speed(result: dict[str, Any]) -> str:
     return f"{_table(head, body)}\n\nLoad average {load}. {_where(result)}"
 
 
+def _visual_tokens(result: dict[str, Any]) -> str:
+    """One table for each place: methods by rows, budgets side by side."""
+    found = {tuple(row["engine"].split("/")): row for row in result["rows"]}
+    base = found.pop(("baseline",))
+    keeps = sorted({keep for _, _, keep in found}, key=float, reverse=True)
+    parts = []
+    for place, title, readouts in (
+        ("behind", "Behind the encoder", ("mean",)),
+        ("inside", "Inside the encoder", ("mean", "cls")),
+    ):
+        head = ["preset"]
+        for keep in keeps:
+            head += [f"{float(keep):.0%}: FLOPs"] if place == "inside" else []
+            head += [f"{float(keep):.0%}: {readout}" for readout in readouts]
+        methods = list(dict.fromkeys(name for own, name, _ in found if own == place))
+        floors = [name for name in methods if name in ("random", "uniform")]
+        body = []
+        for name in [*floors, *(each for each in methods if each not in floors)]:
+            cells = [f"*{name}*" if name in floors else f"`{name}`"]
+            for keep in keeps:
+                row = found.get((place, name, keep))
+                cells += [f"{row['flops_ratio']:.2f}" if row else "-"] if place == "inside" else []
+                cells += [_two(row[readout]) if row else "-" for readout in readouts]
+            body.append(cells)
+        whole = ", ".join(f"{readout} {base[readout]['probe_drop_in']:.1%}" for readout in readouts)
+        parts.append(f"**{title}** (all tokens: {whole})\n\n{_table(head, body)}")
+    data, error = result["data"], base["mean"]["standard_error"]
+    note = (
+        f"Accuracy of a linear probe, drop-in / retrained, on {data['name']}: {data['train']} images to train, "
+        f"{data['test']} to test; standard error about {error:.1%}. {_where(result)}"
+    )
+    return "\n\n".join([*parts, note])
+
+
+def _two(row: dict[str, Any]) -> str:
+    return f"{row['probe_drop_in']:.1%} / {row['probe_retrained']:.1%}"
+
+
+def _vlm_speed(result: dict[str, Any]) -> str:
+    body = []
+    for row in result["rows"]:
+        cells = [row["policy"], str(row["batch"]), f"{row['ms']['median']:.0f}"]
+        if "ideal" in row:
+            ratio = row["speedup"]
+            cells += [f"{row['ideal']:.2f}x", f"{ratio['median']:.2f}x ({ratio['p25']:.2f}-{ratio['p75']:.2f})"]
+            cells += [f"{row['realised_share']:.0%}", f"{row['choosing_share_of_saved']:.1%}"]
+        else:
+            cells += ["-"] * 4
+        body.append(cells)
+    head = ["policy", "B", "ms", "ideal", "speed-up (quartiles)", "realised / ideal", "choosing / saved"]
+    load = result["environment"].get("load_average_1min")
+    return f"{_table(head, body)}\n\n{result['rounds']} rounds, load average {load}. {_where(result)}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy_image": _accuracy,
     "accuracy_text": _accuracy,
     "speed": _speed,
     "compile_time": _compile_time,
+    "visual_tokens": _visual_tokens,
+    "vlm_speed": _vlm_speed,
     "decoder_speed": _decoder_speed,
+    "decoder_prefill": _decoder_speed,
     "perplexity": _perplexity,
     "perplexity_more": _perplexity_more,
 }
-PAGES = ("README.md", "docs/decoders.md")
+PAGES = ("README.md", "docs/decoders.md", "docs/vlm.md")
 
 
 def render(name: str) -> str | None:

@@ -51,5 +51,11 @@ class Mark(Reducer):
         if chosen.valid is not None:
             flags = b.cast(b.slice(chosen.valid, 1, cut.first, stop), torch.int64)
         nothing = b.full([cut.batch.size, cut.tokens], 0, torch.int64, cut.x)
-        child.facts[self.name] = b.scatter(nothing, 1, index, flags)
+        marks = b.scatter(nothing, 1, index, flags)
+        if cut.middle is not None:
+            # What is protected stands among what is kept, and was not chosen.
+            one = [cut.batch.size, 1]
+            place = b.full(one, cut.middle, torch.int64, cut.x)
+            marks = b.scatter(marks, 1, place, b.full(one, 0, torch.int64, cut.x))
+        child.facts[self.name] = marks
         return cut.x

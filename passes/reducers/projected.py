@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
 import torch
+from pydantic import ValidationInfo, field_validator
 
+from tokcc.errors import PolicyError
 from tokcc.ir.space import TokenSpace
 from tokcc.passes.cut import Chosen, Cut
 from tokcc.passes.piece import OtherReducer, Reducer
@@ -37,6 +39,17 @@ class Projected(Trained, Reducer):
     of: OtherReducer
     gated: bool = True
     activation: Activation = "silu"
+
+    @field_validator("of")
+    @classmethod
+    def _makes_tokens(cls, of: Reducer, info: ValidationInfo) -> Reducer:
+        if of.marks or of.bypasses or isinstance(of, Projected):
+            raise PolicyError(
+                f"`{of.kind}` makes no tokens of the model's width, which `projected` goes on with",
+                policy=(info.context or {}).get("where", ""),
+                help="name a reducer that makes fewer tokens, such as `of: {kind: adaptive_pool}`",
+            )
+        return of
 
     def tensors(self, sizes: Mapping[str, int]) -> Sequence[TensorSpec]:
         """See :class:`Projected`."""

@@ -29,7 +29,7 @@ class Foreground(Trained, Score):
 
     Tensors: ``norm.weight`` ``[C]`` and ``.bias``, ``embed.weight`` ``[hidden, C]`` and ``.bias``,
     ``layers.<0..2>.weight`` and ``.bias``, the last ``[1, ...]``, and ``alpha``, one number for each map but the
-    coarsest.
+    coarsest, finest first.
 
     Attributes:
         levels: Rows and columns of each map, finest first: the candidates are one after the other, row by row.
@@ -54,7 +54,8 @@ class Foreground(Trained, Score):
         if cut.valid is not None or cut.candidates != sum(counts):
             cut.ctx.fail(
                 "the tokens are not those of the maps",
-                needed=" + ".join(f"{rows} x {columns}" for rows, columns in self.levels) + " tokens, without padding",
+                needed=" + ".join(f"{rows} x {columns}" for rows, columns in self.levels)
+                + f" = {sum(counts)} tokens beside protected ones, without padding",
                 help="set the parameter `levels` to the rows and columns of each map, finest first",
             )
         x = b.cast(cut.inner(cut.x), torch.float32)

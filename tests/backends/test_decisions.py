@@ -161,19 +161,60 @@ def test_equal_choices_change_nothing(tmp_path: Path) -> None:
     ("wrong", "why"),
     [
         (torch.tensor([[0, 2, 4, 4], [1, 5, 3, 2]]), "inf"),  # one twice
-        (torch.tensor([[0, 2, 4, 7], [1, 5, 3, 2]]), "outside"),
-        (torch.tensor([[0, 2, 4, -1], [1, 5, 3, 2]]), "outside"),
+        (torch.tensor([[0, 2, 4, 7], [1, 5, 3, 2]]), "inf"),  # one that is none
+        (torch.tensor([[0, 2, 4, -1], [1, 5, 3, 2]]), "inf"),
         (torch.tensor([[0, 2, 4], [1, 5, 3]]), "shape"),
-        (torch.tensor([[2, 0, 5, 4], [5, 1, 2, 3]]), "choices differ"),
     ],
 )
 def test_what_is_no_choice(wrong: Tensor, why: str) -> None:
     program, score = traced(best_four)
     watched = decisions(program)
-    feeds = {"score": torch.ones_like(score) if why == "choices differ" else score, "payload": torch.zeros(2, 4)}
+    feeds = {"score": score, "payload": torch.zeros(2, 4)}
     found = replay(program, watched, feeds, {watched[0].output: wrong})
     assert found.refused is not None
     assert why in found.refused
+
+
+def test_among_equals_any_is_right() -> None:
+    program, score = traced(best_four)
+    watched = decisions(program)
+    other = torch.tensor([[2, 0, 5, 4], [5, 1, 2, 3]])
+    feeds = {"score": torch.ones_like(score), "payload": torch.zeros(2, 4)}
+    assert replay(program, watched, feeds, {watched[0].output: other}).refused is None
+
+
+def test_one_sample_says_nothing_of_the_scale_of_another() -> None:
+    program, score = traced(best_four)
+    watched = decisions(program)
+    score[0], score[1] = score[0] * 1000, score[1] * 0.01
+    wrong = best_four(score)
+    wrong[1] = score[1].argsort()[:4]
+    found = replay(program, watched, {"score": score, "payload": torch.zeros(2, 4)}, {watched[0].output: wrong})
+    assert found.refused is not None
+
+
+def test_kept_tokens_in_another_order_are_refused() -> None:
+    program, score = traced(selected)
+    watched = decisions(program)
+    assert selected(score)[0].tolist() == [0, 2, 4, 5]
+    wrong = torch.tensor([[4, 2, 0, 5], [1, 2, 3, 5]])
+    found = replay(program, watched, {"score": score, "payload": torch.zeros(2, 4)}, {watched[0].output: wrong})
+    assert found.refused is not None
+    assert "inf" in found.refused
+
+
+def test_a_bad_token_at_an_unchanged_rank_is_refused() -> None:
+    """Only the first index differs, and the token it stands for is last by score."""
+    program, score = traced(selected)
+    watched = decisions(program)
+    score[0] = torch.tensor([0.1, 0.5, 0.7, 0.8, 0.9, 0.2, 0.3])
+    feeds = {"score": score, "payload": torch.zeros(2, 4)}
+    wrong = selected(score)
+    assert wrong[0].tolist() == [1, 2, 3, 4]
+    wrong[0, 0] = 0
+    found = replay(program, watched, feeds, {watched[0].output: wrong})
+    assert found.refused is not None
+    assert "0.4 worse than the best" in found.refused
 
 
 def test_choices_of_whole_numbers_are_none() -> None:

@@ -95,6 +95,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "view": lambda x: x.view(x.shape[0], -1, 2, 4) * 2,
     "flatten": lambda x: x[:, None].expand(-1, 3, -1, -1).flatten(1, 2) + 1,
     "flatten the last": lambda x: x.unflatten(-1, (2, 4)).flatten(2).relu(),
+    "flatten a number": lambda x: x.sum().flatten() * x[0, 0, 0].flatten(),
     "unflatten": lambda x: x.unflatten(-1, (2, -1)).transpose(1, 2) * 3,
     "chunk": lambda x: [part * 2 for part in x.chunk(2, -1)],
     "casts": lambda x: (x.to(torch.float64) * 2).to(torch.float32).to(torch.float32).to("cpu") + x.to(x.device),

@@ -97,6 +97,59 @@ def test_loops(kind: type[Loop], dynamic: bool) -> None:
     check(kind(), feeds, 1, shapes)
 
 
+class OverAll(Loop):
+    """Each step is read as a whole."""
+
+    def read(self, state: Tensor) -> Tensor:
+        return state.amax() + state.sum(dim=()) + torch.mean(state, dim=None)
+
+    def end(self, found: list[Tensor], state: Tensor) -> Any:
+        return torch.stack(found)
+
+
+class OverSamples(Loop):
+    """The first five samples are the steps."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Any:
+        state, found = torch.zeros_like(b[0]), []
+        for t in range(5):
+            state = a[t] * state + b[t]
+            found.append(state)
+        return torch.stack(found)
+
+
+def test_a_step_read_as_a_whole() -> None:
+    check(OverAll(), {name: torch.randn(3, 5, 4) for name in "ab"}, 1)
+
+
+def test_a_size_that_only_the_example_shares_with_the_steps() -> None:
+    shapes = {name: {0: torch.export.Dim("batch", min=5, max=9)} for name in "ab"}
+    program = check(OverSamples(), {name: torch.randn(5, 3, 4) for name in "ab"}, 0, shapes)
+    feeds = {name: torch.randn(8, 3, 4) for name in "ab"}
+    (got,) = run_program(program, feeds)
+    torch.testing.assert_close(got, OverSamples()(**feeds))
+
+
+class WideState(Loop):
+    """The state has more digits than what is added to it."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Any:
+        state, found = torch.zeros_like(b[:, 0], dtype=torch.float64), []
+        for t in range(b.shape[1]):
+            state = a[:, t] * state + b[:, t]
+            found.append(state)
+        return torch.stack(found, dim=1)
+
+
+@pytest.mark.parametrize(("decay", "update"), [("float32", "float16"), ("float16", "float32"), ("float16", "float16")])
+def test_a_state_keeps_its_type(decay: str, update: str) -> None:
+    feeds = {
+        "a": torch.rand(3, 5, 4).to(getattr(torch, decay)),
+        "b": torch.randn(3, 5, 4).to(getattr(torch, update)),
+    }
+    check(WideState(), feeds, 1)
+
+
 class Squares(Loop):
     """No linear recurrence."""
 
@@ -128,6 +181,28 @@ class NotLinear(nn.Module):
             return state, state.clone()
 
         return scan(step, torch.zeros_like(a[0]), a)[1]  # type: ignore[no-any-return]  # torch's scan has no types
+
+
+class SameInEachStep(nn.Module):
+    """torch's scan whose body computes the decay from a parameter, as wide as there are steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        from torch._higher_order_ops.scan import scan
+
+        def step(state: Tensor, now: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            state = torch.exp(-self.rate.exp() * now[0]) * state + now[1]
+            return state, state.clone()
+
+        return scan(step, torch.zeros_like(b[0]), (a, b))[1]  # type: ignore[no-any-return]  # torch's scan has no types
+
+
+@pytest.mark.parametrize("steps", [5, 7])
+def test_what_a_body_computes_anew_in_each_step(steps: int) -> None:
+    check(SameInEachStep(), {name: torch.rand(steps, 5, 4) for name in "ab"}, 1)
 
 
 def test_other_scans_are_refused() -> None:

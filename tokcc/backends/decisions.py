@@ -29,13 +29,9 @@ __all__ = ["Decision", "Replayed", "decisions", "replay", "watching"]
 aten = torch.ops.aten
 
 _NEAR = {torch.float32: 2e-5, torch.float64: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Numbers this near, as a share of the largest one, go either way: a tenth of what parity allows outputs."""
+"""Numbers this near, as a share of their sample's largest, go either way: a tenth of what parity allows outputs."""
 _OUT_OF_SIGHT = 1e29
 """Larger numbers mark what cannot be chosen, and are no scale."""
-_SHARE = 0.05
-"""A rounding is rare: where more of one choice's elements fall the other way, something else is wrong."""
-_FEW = 4
-"""So many may differ in any case: one swap in a short row is two."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +80,8 @@ def _extreme(sign: float) -> Shortfall:
             x, chosen, dim = x.flatten(), chosen.reshape(1), 0
         elif not keepdim:
             chosen = chosen.unsqueeze(dim)
+        if not _inside(chosen, x.shape[dim]):
+            return torch.tensor(torch.inf)
         return x.amax(dim, keepdim=True) - x.gather(dim, chosen)
 
     return shortfall
@@ -91,14 +89,14 @@ def _extreme(sign: float) -> Shortfall:
 
 def _ranked(chosen: Tensor, x: Tensor, dim: int, *, descending: bool, in_order: bool = True) -> Tensor:
     """Hold each number against the one that should stand in its place: of equal ones any may."""
-    twice = bool((chosen.sort(dim).values.diff(dim=dim) == 0).any())
+    if not _inside(chosen, x.shape[dim]) or _repeats(chosen, dim):
+        return torch.tensor(torch.inf)
     found = x.gather(dim, chosen)
     if not in_order:
         found = found.sort(dim, descending=descending).values
     wanted = x.sort(dim, descending=descending).values.narrow(dim, 0, chosen.shape[dim])
     # Equal infinities are no distance.
-    apart = torch.where(found == wanted, 0.0, (found - wanted).abs())
-    return apart.masked_fill(torch.tensor(twice), torch.inf)
+    return torch.where(found == wanted, 0.0, (found - wanted).abs())
 
 
 def _topk(chosen: Tensor, x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Tensor:
@@ -112,12 +110,18 @@ def _sort(chosen: Tensor, x: Tensor, dim: int = -1, descending: bool = False, **
 
 def _topk_select(chosen: Tensor, score: Tensor, k: int, ascending: bool) -> Tensor:
     del k
-    return _ranked(chosen, score, -1, descending=True, in_order=not ascending)
+    short = _ranked(chosen, score, -1, descending=True, in_order=not ascending)
+    return _in_sequence(short, chosen) if ascending else short
 
 
 def _retain_slots(chosen: Tensor, rating: Tensor, k: int) -> Tensor:
     del k
-    return _ranked(chosen, rating, -1, descending=True, in_order=False)
+    return _in_sequence(_ranked(chosen, rating, -1, descending=True, in_order=False), chosen)
+
+
+def _in_sequence(shortfall: Tensor, chosen: Tensor) -> Tensor:
+    """Of tokens that are to be in the order of the model's own, another order is no choice."""
+    return shortfall.masked_fill((chosen.diff(dim=-1) < 0).any(), torch.inf)
 
 
 def _compared(chosen: Tensor, x: Tensor, other: Any) -> Tensor:
@@ -128,7 +132,7 @@ def _compared(chosen: Tensor, x: Tensor, other: Any) -> Tensor:
 
 def _one_by_one(reference: Callable[..., Tensor], pick: Pick) -> Shortfall:
     def shortfall(chosen: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if bool((chosen.sort(-1).values.diff(dim=-1) == 0).any()):
+        if not _inside(chosen, args[1].shape[-1]) or _repeats(chosen, -1):
             return torch.tensor(torch.inf)
         follow = Following(chosen, pick)
         reference(*args, **kwargs, pick=follow)
@@ -272,24 +276,41 @@ def _unexplained(
     rule: _Rule, args: tuple[Any, ...], kwargs: Mapping[str, Any], other: Tensor, differs: Tensor
 ) -> str | None:
     """Say why a choice is not one that rounding explains, or None."""
-    count = int(differs.sum())
-    if count > max(_FEW, _SHARE * differs.numel()):
-        return f"{count} of {differs.numel()} choices differ"
-    x = args[0]
-    if not _inside(other, x):
-        return "an index outside the tokens"
-    shortfall = rule.shortfall(other, *args, **kwargs)
-    if shortfall.shape == differs.shape:
-        shortfall = shortfall[differs]
-    numbers = [a.abs().float() for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-    scale = max((float(a[a < _OUT_OF_SIGHT].amax()) for a in numbers if bool((a < _OUT_OF_SIGHT).any())), default=0.0)
-    gap, near = float(shortfall.float().amax()), _NEAR[x.dtype] * scale
-    return None if gap <= near else f"what was chosen is {gap:.3g} worse than the best, and rounding is {near:.3g}"
+    shortfall = rule.shortfall(other, *args, **kwargs).float()
+    if rule.shortfall is _compared:
+        # Elsewhere what was chosen as well falls short by nothing, and may stand in another place.
+        shortfall = torch.where(differs, shortfall, 0.0)
+    gap = _by_sample(shortfall, len(differs))
+    near = _NEAR[args[0].dtype] * _scale(args, len(differs))
+    if bool((gap <= near).all()):
+        return None
+    worst = int((gap - near).argmax())
+    return f"what was chosen is {float(gap[worst]):.3g} worse than the best, and rounding is {float(near[worst]):.3g}"
 
 
-def _inside(chosen: Tensor, x: Tensor) -> bool:
-    """Whether indices are some; which dimension they run over is for the operation to say, so the longest counts."""
-    return chosen.dtype is torch.bool or (int(chosen.min()) >= 0 and int(chosen.max()) < max(x.shape))
+def _scale(args: tuple[Any, ...], samples: int) -> Tensor:
+    """The largest number that a choice is made of, by sample: one sample's scores say nothing of another's."""
+    scale = torch.zeros(samples)
+    for arg in args:
+        if isinstance(arg, Tensor) and arg.is_floating_point():
+            size = arg.abs().float()
+            scale = torch.maximum(scale, _by_sample(size.masked_fill(size >= _OUT_OF_SIGHT, 0.0), samples))
+    return scale
+
+
+def _by_sample(x: Tensor, samples: int) -> Tensor:
+    """The largest element of each sample ``[B]``; of what has no samples, the largest."""
+    if x.ndim and len(x) == samples and x.numel():
+        return x.reshape(samples, -1).amax(1)
+    return x.amax().expand(samples)
+
+
+def _inside(chosen: Tensor, size: int) -> bool:
+    return int(chosen.min()) >= 0 and int(chosen.max()) < size
+
+
+def _repeats(chosen: Tensor, dim: int) -> bool:
+    return bool((chosen.sort(dim).values.diff(dim=dim) == 0).any())
 
 
 def _real(arg: Any) -> bool:

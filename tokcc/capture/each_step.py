@@ -102,6 +102,8 @@ class Steps:
         first, rest = args[0], list(args[1:])
         if not isinstance(first, EachStep) or any(isinstance(a, EachStep) for a in rest):
             return None
+        if target in _OVER_AXES and not (rest and rest[0]):
+            return None  # over all axes
         known = self._of_one(target, first, rest)
         return None if known is None else EachStep(self.call(target, first.node, *known, **kwargs))
 

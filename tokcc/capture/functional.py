@@ -199,6 +199,8 @@ def _reshape(node: fx.Node) -> bool:
 
 def _flatten(node: fx.Node) -> bool:
     source: Any = node.args[0]
+    if source.meta["val"].ndim == 0:
+        return _reshaped(node, [1])
     given: Any = (*node.args[1:], *(0, -1)[len(node.args) - 1 :])
     start, stop = (axis % source.meta["val"].ndim for axis in given)
     merged = source.meta["val"].shape[start : stop + 1]

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import tokcc.kernels  # registers the operations
 from tokcc.capture.each_step import EachStep, Steps
 from tokcc.errors import CaptureError
+from tokcc.ir.builder import same_size
 from tokcc.ir.edit import fake_mode_of, remove_dead, replace
 from tokcc.ir.program import PassResult, Program
 
@@ -51,21 +52,36 @@ def _zeros(node: Any) -> bool:
     )
 
 
+def _same_shape(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return len(one) == len(other) and all(map(same_size, one, other))
+
+
+def _of_each(steps: Steps, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> EachStep | None:
+    """Do at every step what a node does at one; None where that is not known to give the same."""
+    made, one = steps.of(node.target, args, kwargs), node.meta["val"]
+    if made is None or not isinstance(one, torch.Tensor):
+        return None
+    fake = made.node.meta["val"]
+    return made if fake.dtype == one.dtype and _same_shape(fake.shape[1:], one.shape) else None
+
+
 def _states(steps: Steps, decay: Any, update: Any, state: torch.Tensor) -> EachStep | None:
     """Emit a recurrence; None where nothing differs from step to step."""
     if not isinstance(update, EachStep):
         return None
-    rank, shape = state.ndim, list(state.shape)
+    rank = state.ndim
     given: list[Any] = []
     for part in (decay, update):
         if not isinstance(part, EachStep | fx.Node):
             return None
         node = steps.wide(part, rank) if isinstance(part, EachStep) else part
+        if node.meta["val"].dtype != state.dtype:  # a state of more digits than what is added to it
+            node = steps.call(aten._to_copy.default, node, dtype=state.dtype)
         given.append(node)
     (decay, update) = given
-    if list(update.meta["val"].shape[1:]) != shape:
+    if not _same_shape(update.meta["val"].shape[1:], state.shape):
         return None
-    if list(decay.meta["val"].shape) != list(update.meta["val"].shape):
+    if not _same_shape(decay.meta["val"].shape, update.meta["val"].shape):
         decay = steps.call(aten.mul.Tensor, decay, steps.call(aten.ones_like.default, update))
     return EachStep(steps.call(torch.ops.tokcc.recurrence.default, decay, update, 0))
 
@@ -115,7 +131,11 @@ class RollScans:
                 env[inner] = self._state(node, steps, inner, places[0], env)
             elif all(n in env for n in inner.all_input_nodes):
                 args, kwargs = fx.node.map_arg((inner.args, inner.kwargs), lambda n: n)
-                made = steps.of(inner.target, _looked_up(args, env), _looked_up(kwargs, env))
+                operands, named = _looked_up(args, env), _looked_up(kwargs, env)
+                if not _differs(operands):  # the same in each step
+                    env[inner] = steps.call(inner.target, *operands, **named)
+                    continue
+                made = _of_each(steps, inner, operands, named)
                 if made is None:
                     self._refuse(node, f"operations that work on all tokens at once, found {inner.target}")
                 env[inner] = made
@@ -213,7 +233,7 @@ class _Loop:
             return None
         if not _differs(args):
             return first  # computed anew in each step, and the same
-        return self.steps.of(first.target, args, dict(first.kwargs))
+        return _of_each(self.steps, first, args, dict(first.kwargs))
 
     def _taken(self, values: Sequence[fx.Node]) -> EachStep | None:
         """The tokens of one value, in order or from behind."""
@@ -222,7 +242,7 @@ class _Loop:
             return None
         source: Any = first.args[0]
         axis: Any = first.args[1]
-        if source.meta["val"].shape[axis] != self.count:
+        if not same_size(source.meta["val"].shape[axis], self.count):
             return None
         given: list[Any] = [v.args[2] for v in values]
         if not all(isinstance(i, int) for i in given):

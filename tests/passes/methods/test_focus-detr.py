@@ -419,6 +419,11 @@ class TestRefusals:
         with pytest.raises(PlanError, match="tokens pass layer 1 by, and another step reduces them inside it"):
             reduce_program(trace(audio(), {"frames": frames(1, 21)}), wanted)
 
+    def test_two_such_steps_for_one_layer(self) -> None:
+        wanted = {"version": 1, "steps": [plain([5], [1]), {**plain([5], [1]), "score": {"kind": "random"}}]}
+        with pytest.raises(PlanError, match="two steps choose the tokens that layer 1 runs for"):
+            reduce_program(trace(audio(), {"frames": frames(1, 21)}), wanted)
+
     def test_attention_that_is_not_there(self) -> None:
         wanted = policy({"preset": "random", "score": {"kind": "attention_received"}, "keep": 0.5})
         with pytest.raises(PlanError, match="attention"):

@@ -199,3 +199,13 @@ class TestRefusals:
         wanted = policy(step(saved(tmp_path, projector(20)), tokens=4, score={"kind": "norm"}, select={"kind": "topk"}))
         with pytest.raises(AxisError, match="`adaptive_pool` cannot take what is selected"):
             reduce_program(program_of(audio(), {"frames": frames(1, 25)}), wanted)
+
+    @pytest.mark.parametrize(
+        "of", [{"kind": "bypass"}, {"kind": "mark", "name": "m"}, {"kind": "projected", "of": {"kind": "drop"}}]
+    )
+    def test_a_reducer_that_leaves_no_tokens_to_project(self, of: dict[str, Any], tmp_path: Path) -> None:
+        reduce = {"kind": "projected", "of": of, "weights": saved(tmp_path, projector(20))}
+        choice = {"score": {"kind": "norm"}, "select": {"kind": "topk"}, "budget": {"tokens": 4}}
+        wanted = policy({"preset": "tokenflex", **choice, "reduce": reduce})
+        with pytest.raises(PolicyError, match=f"`{of['kind']}` makes no tokens of the model's width"):
+            reduce_program(program_of(audio(), {"frames": frames(1, 25)}), wanted)

@@ -242,6 +242,32 @@ def test_pictures_show_the_patches() -> None:
     assert stage.count() == 8
 
 
+@pytest.mark.parametrize("order", ["sequence", "score"])
+def test_a_class_token_in_the_middle_is_not_marked(order: str) -> None:
+    """A mark is about the candidates: the class token stays without having been chosen."""
+    changes = {"at": {"layers": [1]}, "select": {"kind": "topk", "order": order}, "budget": {"tokens": 5}}
+    changes["reduce"] = {"kind": "mark", "name": "chosen"}
+    reduced, _ = reduce_program(program(), policy(changes))
+    given = images(3, seed=4)
+    outputs = dict(zip(reduced.output_names, run_program(reduced, given), strict=True))
+    marks = next(value for name, value in outputs.items() if name.endswith("chosen"))
+    assert marks.sum(1).tolist() == [5] * 3
+    assert marks[:, vim().middle].tolist() == [0] * 3
+
+
+def test_a_rating_of_the_candidates_leaves_the_class_token_out() -> None:
+    """What is given for a candidate behind the class token is about the token one place further on."""
+    changes = {"at": {"layers": [1]}, "score": {"kind": "given"}, "budget": {"tokens": 5}, "select": {"kind": "topk"}}
+    changes["reduce"] = {"kind": "mark", "name": "chosen"}
+    reduced, _ = reduce_program(program(), policy(changes))
+    importance = torch.zeros(3, 16)
+    importance[:, [2, 12, 13, 14, 15]] = 1.0
+    outputs = run_program(reduced, {**images(3, seed=4), "importance": importance})
+    marks = next(v for name, v in zip(reduced.output_names, outputs, strict=True) if name.endswith("chosen"))
+    assert vim().middle == 8
+    assert [row.nonzero()[:, 0].tolist() for row in marks] == [[2, 13, 14, 15, 16]] * 3
+
+
 def test_dynamic_batch() -> None:
     small = Vim(side=8, depth=2, form="loop", tokens_out=True)
     traced = trace(small, images(2, side=8), {"pixel_values": {0: Dim("batch", min=1, max=9)}})
