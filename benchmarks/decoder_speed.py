@@ -30,7 +30,7 @@ import tokcc
 from benchmarks.engines import Feeds, open_session, quiet
 from benchmarks.environment import describe, write_results
 from benchmarks.grid import short
-from benchmarks.timing import interleave, speedups, summary
+from benchmarks.timing import interleave, milliseconds, speedups
 from examples.assets import LANGUAGE_MODEL, locate
 from tokcc.capture.load import load
 
@@ -122,7 +122,7 @@ def measure(
                 "context": context,
                 "new": new,
                 "engine": name,
-                "ms": {k: v * 1000 if k != "runs" else v for k, v in summary(seconds[name]).items()},
+                "ms": milliseconds(seconds[name]),
                 "tokens_per_second": new / float(np.median(seconds[name])),
                 "kv_mb": sum(v.nbytes for v in feeds[name].values() if v.ndim == 4) / 1e6,
                 "step_mb": moved_bytes(path, feeds[name]) / 1e6,

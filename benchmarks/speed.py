@@ -32,7 +32,7 @@ from benchmarks.engines import Model, compile_tokcc, export_plain, open_session
 from benchmarks.environment import describe, write_results
 from benchmarks.grid import Policy, short
 from benchmarks.op_profile import inserted_share, matrix_flops, node_count, record
-from benchmarks.timing import interleave, speedups, summary
+from benchmarks.timing import interleave, milliseconds, speedups
 
 PLAIN = "plain export"
 R = 13
@@ -88,7 +88,7 @@ def measure(model: Model, built: dict[str, dict[str, Any]], threads: int, rounds
             "build_seconds": entry["build_seconds"],
             "nodes": node_count(entry["path"]),
             "gflops": flops[name] / 1e9,
-            "ms": {key: value * 1000 if key != "runs" else value for key, value in summary(seconds[name]).items()},
+            "ms": milliseconds(seconds[name]),
             "output_difference": float(np.abs(outputs[name] - outputs[PLAIN]).max()),
         }
         if name != PLAIN:

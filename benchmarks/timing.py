@@ -35,6 +35,11 @@ def summary(values: list[float]) -> dict[str, Any]:
     return {"median": middle, "p25": low, "p75": high, "runs": len(values)}
 
 
+def milliseconds(values: list[float]) -> dict[str, Any]:
+    """Median and quartiles of seconds, in milliseconds."""
+    return {key: value * 1000 if key != "runs" else value for key, value in summary(values).items()}
+
+
 def speedups(seconds: Seconds, baseline: str) -> dict[str, dict[str, Any]]:
     """For each run, the ratio baseline / run, taken round by round and then summarised."""
     base = seconds[baseline]

@@ -2,7 +2,6 @@
 
     python benchmarks/visual_tokens.py                                 # all presets, three budgets
     python benchmarks/visual_tokens.py --preset tome --preset divprune --keep 0.25
-    python benchmarks/visual_tokens.py --table docs/accuracy.md        # only write the results as a page
 
 The encoder of the examples (257 tokens) with two readouts: the *mean* of the tokens that are left, which is what comes
 to a model behind the encoder, and the class token, which only methods inside the encoder can change. Every method

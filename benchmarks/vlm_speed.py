@@ -30,7 +30,7 @@ from benchmarks.engines import Feeds, open_session, quiet
 from benchmarks.environment import describe, write_results
 from benchmarks.grid import Policy, short
 from benchmarks.op_profile import matrix_flops
-from benchmarks.timing import interleave, speedups, summary
+from benchmarks.timing import interleave, milliseconds, speedups
 
 IMAGE, TEXT, SIDE, PATCH = 576, 64, 336, 14
 IMAGE_ID, VOCABULARY, HIDDEN = 1000, 1024, 768
@@ -141,7 +141,7 @@ def measure(engines: dict[str, Engines], batch: int, rounds: int) -> list[dict[s
         row: dict[str, Any] = {
             "policy": name,
             "batch": batch,
-            "ms": {k: v * 1000 for k, v in _times(whole[name]).items()},
+            "ms": milliseconds(whole[name]),
         }
         row["encoder_ms"] = float(np.median(seconds[f"{name}/encoder"])) * 1000
         if name != BASELINE:
@@ -159,11 +159,6 @@ def measure(engines: dict[str, Engines], batch: int, rounds: int) -> list[dict[s
             cells += [f"{row['realised_share']:.0%}", f"{row['choosing_share_of_saved']:.1%}"]
         print(f"| {' | '.join(cells)} |", flush=True)
     return result
-
-
-def _times(values: list[float]) -> dict[str, float]:
-    found = summary(values)
-    return {key: float(found[key]) for key in ("median", "p25", "p75")}
 
 
 def main() -> int:

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import torch
 
-from tokcc.config import Budget
+from tokcc.config import Budget, LoadedPolicy, Step
+from tokcc.errors import PlanError
 from tokcc.ir.builder import Builder
 
-__all__ = ["Count", "resolve_budget"]
+__all__ = ["Count", "planned_counts", "resolve_budget"]
 
 aten = torch.ops.aten
 Rounding = Literal["ceil", "floor", "round"]
@@ -79,6 +80,31 @@ class Count:
 
 def _fraction(value: float) -> Fraction:
     return Fraction(str(value))
+
+
+def planned_counts(
+    policy: LoadedPolicy, number: int, step: Step, layers: tuple[int, ...], num_layers: int
+) -> list[Count]:
+    """Return one :class:`Count` for each chosen layer of a policy's step.
+
+    Args:
+        policy: The policy.
+        number: 0-based place of the step.
+        step: The step.
+        layers: The chosen layers, ascending.
+        num_layers: Depth of the model.
+
+    Raises:
+        PlanError: When the step's budget has no meaning for these layers.
+    """
+    try:
+        return resolve_budget(step.budget, layers, num_layers)
+    except ValueError as error:
+        raise PlanError(
+            str(error),
+            policy=policy.where(("steps", number, "budget")),
+            help=f"choose as many layers with `at: {{layers: ...}}`, or a budget for {len(layers)}",
+        ) from error
 
 
 def resolve_budget(budget: Budget, layers: tuple[int, ...], num_layers: int) -> list[Count]:

@@ -8,7 +8,7 @@ they are put back among the others.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from tokcc.analysis.sites import Layer, Sites
 from tokcc.analysis.walk import Walk
 from tokcc.errors import PlanError
 from tokcc.ir.program import Program
+from tokcc.ir.reach import made_of
 from tokcc.ir.space import Factor, TokenSpace
 from tokcc.ir.value import Value
 from tokcc.passes.reduction import PlannedReduction
@@ -105,7 +106,8 @@ def bypassed_layers(program: Program, sites: Sites, reductions: Sequence[Planned
         start, end = nodes[reduction.cut], nodes[layer.block_output]
         within = {node for node, place in order.items() if order[start] < place <= order[end]}
         shared = frozenset(nodes[name] for name in _read_whole(layer))
-        whole = _parts_of(within, _made_of(within, shared))
+        outside = order.keys() - within
+        whole = _parts_of(within, made_of(shared, outside.__contains__))
         found[end.name] = Bypassed(reduction.layer, start, whole, frozenset(within - whole), shared)
     return found
 
@@ -180,15 +182,3 @@ def _parts_of(within: set[fx.Node], whole: set[fx.Node]) -> frozenset[fx.Node]:
         found.update(taking)
         front += taking
     return frozenset(found)
-
-
-def _made_of(within: set[fx.Node], ends: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return the nodes among some that others are made of, and those themselves."""
-    found: set[fx.Node] = set()
-    front = list(ends)
-    while front:
-        node = front.pop()
-        if node in within and node not in found:
-            found.add(node)
-            front += node.all_input_nodes
-    return found

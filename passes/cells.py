@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from tokcc.ir.space import TokenSpace
 from tokcc.passes.cut import Cut, Gridded
 
-__all__ = ["cells_of", "with_protected_values"]
+__all__ = ["cells_of"]
 
 
 def cells_of(cut: Cut, chosen: Gridded, child: TokenSpace) -> None:
@@ -31,12 +29,3 @@ def cells_of(cut: Cut, chosen: Gridded, child: TokenSpace) -> None:
     child.index = cut.with_protected(cut.per_sample(b.constant("cell_middle", torch.tensor(middle))))
     parts = [torch.arange(first), torch.tensor(own) + first, torch.arange(cut.last) + first + rows * columns]
     child.assign = cut.per_sample(b.constant("cell_of", torch.cat(parts)))
-
-
-def with_protected_values(cut: Cut, inner: Any) -> Any:
-    """Put the protected tokens around new ones, ``[B, K, C]`` -> ``[B, first + K + last, C]``."""
-    b = cut.b
-    parts = [b.slice(cut.x, 1, 0, cut.first)] * bool(cut.first) + [inner]
-    if cut.last:
-        parts.append(b.slice(cut.x, 1, b.sub_sizes(cut.tokens, cut.last)))
-    return b.cat(parts, 1) if len(parts) > 1 else inner

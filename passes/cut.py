@@ -307,6 +307,14 @@ class Cut:
             return self.b.cat(parts, 1)
         return self.b.slice(values, 1, self.first, stop)
 
+    def with_protected_values(self, inner: Any) -> Any:
+        """Put the protected tokens at both ends around new values, ``[B, K, C]`` -> ``[B, first + K + last, C]``."""
+        b = self.b
+        parts = [b.slice(self.x, 1, 0, self.first)] * bool(self.first) + [inner]
+        if self.last:
+            parts.append(b.slice(self.x, 1, b.sub_sizes(self.tokens, self.last)))
+        return b.cat(parts, 1) if len(parts) > 1 else inner
+
     def in_front(self, kept: Any) -> Any:
         """Return how many of the kept candidates stand in front of a protected token between them."""
         return self.b.floordiv_sizes(kept, 2)

@@ -198,22 +198,20 @@ def _elsewhere(kind: str, folder: str) -> str | None:
     return next((_USES[other] for other in others if kind in pieces(f"{other}.{group}".lstrip("."))), None)
 
 
-def _other_score(value: Any, info: ValidationInfo) -> Any:
-    where = (info.context or {}).get("where", "")
-    return value if isinstance(value, Score) else resolve_piece(PieceSpec.model_validate(value), Score, "scores", where)
+def _other(base: type[Piece], folder: str) -> BeforeValidator:
+    """Let a parameter be a piece, or what a policy writes for one."""
+
+    def validated(value: Any, info: ValidationInfo) -> Any:
+        where = (info.context or {}).get("where", "")
+        return value if isinstance(value, base) else resolve_piece(PieceSpec.model_validate(value), base, folder, where)
+
+    return BeforeValidator(validated)
 
 
-def _other_reducer(value: Any, info: ValidationInfo) -> Any:
-    where = (info.context or {}).get("where", "")
-    if isinstance(value, Reducer):
-        return value
-    return resolve_piece(PieceSpec.model_validate(value), Reducer, "reducers", where)
-
-
-OtherScore = Annotated[Score, BeforeValidator(_other_score)]
+OtherScore = Annotated[Score, _other(Score, "scores")]
 """A parameter of a piece that is a score, beside the step's own: ``by: {kind: attention_received, layer: 8}``."""
 
-OtherReducer = Annotated[Reducer, BeforeValidator(_other_reducer)]
+OtherReducer = Annotated[Reducer, _other(Reducer, "reducers")]
 """A parameter of a reducer that is another one, whose tokens it goes on with."""
 
 

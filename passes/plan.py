@@ -11,7 +11,7 @@ from tokcc.config import LoadedPolicy, PieceSpec, Step, find_conflict, load_poli
 from tokcc.errors import AxisError, PlanError, PolicyError, TokccError
 from tokcc.ir.builder import EagerBuilder
 from tokcc.ir.space import TokenSpace
-from tokcc.passes.budget import Count, resolve_budget
+from tokcc.passes.budget import Count, planned_counts
 from tokcc.passes.bypassing import refuse_cuts_inside
 from tokcc.passes.inputs import EngineInput, declared_inputs
 from tokcc.passes.methods import library
@@ -128,14 +128,7 @@ def _plan_step(
                 help="use `protect: {first: N}`",
             )
     layers = _layers(policy, number, step, sites)
-    try:
-        counts = resolve_budget(step.budget, layers, len(sites.layers))
-    except ValueError as error:
-        raise PlanError(
-            str(error),
-            policy=policy.where(("steps", number, "budget")),
-            help=f"choose as many layers with `at: {{layers: ...}}`, or a budget for {len(layers)}",
-        ) from error
+    counts = planned_counts(policy, number, step, layers, len(sites.layers))
     score, select, reduce = _pieces(policy, number, step)
     first = sites.prefix if step.protect.first == "auto" else int(step.protect.first)
     last = step.protect.last or (sites.suffix if step.protect.first == "auto" else 0)

@@ -13,6 +13,7 @@ from typing import Any
 
 from tokcc.config import Preset
 from tokcc.passes.methods import load_presets
+from tools.markdown import table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = "docs/presets.md"
@@ -70,7 +71,7 @@ def _architectures(every: Mapping[str, Preset]) -> str:
     return (
         f"## Architectures ({len(rows)})\n\nWhat the [contract matrix]({_link(MATRIX)}) has of each; `@dynamic` is "
         "with symbolic batch and\nlength. A method for encoders fits no decoder, and the other way round.\n\n"
-        f"{_lines(['architecture', 'run', 'refused'], rows)}\n"
+        f"{table(['architecture', 'run', 'refused'], rows)}\n"
     )
 
 
@@ -178,9 +179,4 @@ def _paper(paper: str) -> str:
 
 
 def _table(rows: list[list[str]]) -> str:
-    return _lines(["preset", "method", "paper", "nodes", "needs", "written after", "oracle", "fits", "measured"], rows)
-
-
-def _lines(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    return table(["preset", "method", "paper", "nodes", "needs", "written after", "oracle", "fits", "measured"], rows)

@@ -16,14 +16,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a plain file
 
 from tools import presets_page
+from tools.markdown import table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(" --- " for _ in head) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _where(result: dict[str, Any]) -> str:
@@ -60,7 +56,7 @@ def _accuracy(result: dict[str, Any]) -> str:
         f"{first['train_items']} training and {first['test_items']} test items of each set; standard error of an "
         f"accuracy about {first['standard_error']:.1%}. {_where(result)}"
     )
-    return f"{_table(head, body)}\n\n{note}"
+    return f"{table(head, body)}\n\n{note}"
 
 
 def _speed(result: dict[str, Any]) -> str:
@@ -82,7 +78,7 @@ def _speed(result: dict[str, Any]) -> str:
             ]
         body.append(cells)
     load = result["environment"].get("load_average_1min")
-    return f"{_table(head, body)}\n\n{result['rounds']} rounds, load average {load}. {_where(result)}"
+    return f"{table(head, body)}\n\n{result['rounds']} rounds, load average {load}. {_where(result)}"
 
 
 def _compile_time(result: dict[str, Any]) -> str:
@@ -95,7 +91,7 @@ def _compile_time(result: dict[str, Any]) -> str:
         cells += [str(row["peak_mb"]), str(row["engine_mb"])] if known else ["-", "-"]
         body.append(cells)
     head = ["layers", "how", "seconds", "of the plain export", "peak MB", "engine MB"]
-    return f"{_table(head, body)}\n\n{_where(result)}"
+    return f"{table(head, body)}\n\n{_where(result)}"
 
 
 def _perplexity(result: dict[str, Any]) -> str:
@@ -112,7 +108,7 @@ def _perplexity(result: dict[str, Any]) -> str:
             cells.append(f"{row['perplexity']:.2f}" if "perplexity" in row else "refused" if "refused" in row else "-")
         body.append([f"`{method}`", *cells])
     piece = result["piece"]
-    return f"{_table(head, body)}\n\nRead in pieces of {piece} tokens. {_where(result)}"
+    return f"{table(head, body)}\n\nRead in pieces of {piece} tokens. {_where(result)}"
 
 
 def _perplexity_more(result: dict[str, Any]) -> str:
@@ -122,7 +118,7 @@ def _perplexity_more(result: dict[str, Any]) -> str:
         held = f"{row['kv_bytes'] / 1e6:.1f}" if "kv_bytes" in row else "-"
         value = f"{row['perplexity']:.2f}" if "perplexity" in row else f"refused: {row['refused']}"
         body.append([f"`{row['method']}`", str(row["context"]), f"{row['budget']:.0%}", value, held])
-    return f"{_table(['method', 'context', 'budget', 'perplexity', 'KV MB'], body)}\n\n{_where(result)}"
+    return f"{table(['method', 'context', 'budget', 'perplexity', 'KV MB'], body)}\n\n{_where(result)}"
 
 
 def _decoder_speed(result: dict[str, Any]) -> str:
@@ -135,7 +131,7 @@ def _decoder_speed(result: dict[str, Any]) -> str:
         body.append(cells)
     head = ["tokens before", "new tokens", "engine", "ms", "KV MB", "MB to read", "speed-up (quartiles)"]
     load = result["environment"].get("load_average_1min")
-    return f"{_table(head, body)}\n\nLoad average {load}. {_where(result)}"
+    return f"{table(head, body)}\n\nLoad average {load}. {_where(result)}"
 
 
 def _visual_tokens(result: dict[str, Any]) -> str:
@@ -163,7 +159,7 @@ def _visual_tokens(result: dict[str, Any]) -> str:
                 cells += [_two(row[readout]) if row else "-" for readout in readouts]
             body.append(cells)
         whole = ", ".join(f"{readout} {base[readout]['probe_drop_in']:.1%}" for readout in readouts)
-        parts.append(f"**{title}** (all tokens: {whole})\n\n{_table(head, body)}")
+        parts.append(f"**{title}** (all tokens: {whole})\n\n{table(head, body)}")
     data, error = result["data"], base["mean"]["standard_error"]
     note = (
         f"Accuracy of a linear probe, drop-in / retrained, on {data['name']}: {data['train']} images to train, "
@@ -189,7 +185,7 @@ def _vlm_speed(result: dict[str, Any]) -> str:
         body.append(cells)
     head = ["policy", "B", "ms", "ideal", "speed-up (quartiles)", "realised / ideal", "choosing / saved"]
     load = result["environment"].get("load_average_1min")
-    return f"{_table(head, body)}\n\n{result['rounds']} rounds, load average {load}. {_where(result)}"
+    return f"{table(head, body)}\n\n{result['rounds']} rounds, load average {load}. {_where(result)}"
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -243,8 +239,8 @@ def main() -> int:
 
 
 def _replaced(match: re.Match[str]) -> str:
-    table = render(match[1])
-    body = match[2] if table is None else f"\n{table}\n"
+    made = render(match[1])
+    body = match[2] if made is None else f"\n{made}\n"
     return f"<!-- table:{match[1]} -->{body}<!-- /table -->"
 
 

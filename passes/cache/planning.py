@@ -13,7 +13,7 @@ from tokcc.analysis.rotation import Rotation, find_rotation
 from tokcc.config import LoadedPolicy, PieceSpec, Step
 from tokcc.errors import PlanError, PolicyError
 from tokcc.ir.program import Program
-from tokcc.passes.budget import Count, resolve_budget
+from tokcc.passes.budget import Count, planned_counts
 from tokcc.passes.cache.beside import refuse_beside
 from tokcc.passes.cache.fixed_slots import fixed_slots
 from tokcc.passes.cache.head_choice import HeadChoice
@@ -261,14 +261,7 @@ def _capacities(
     if step.budget.kv is not None:
         kv = step.budget.kv
         return [Count("tokens", Fraction(kv.sinks + kv.recent + kv.heavy))] * len(layers)
-    try:
-        counts = resolve_budget(step.budget, layers, num_layers)
-    except ValueError as error:
-        raise PlanError(
-            str(error),
-            policy=policy.where(("steps", number, "budget")),
-            help=f"choose as many layers with `at: {{layers: ...}}`, or a budget for {len(layers)}",
-        ) from error
+    counts = planned_counts(policy, number, step, layers, num_layers)
     if any(count.kind == "remove" for count in counts):
         raise PlanError(
             "`remove` is not a cache capacity",

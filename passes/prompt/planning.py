@@ -16,7 +16,7 @@ from tokcc.config import LoadedPolicy, PieceSpec, Step
 from tokcc.errors import PlanError, PolicyError
 from tokcc.ir.builder import EagerBuilder
 from tokcc.ir.program import Program
-from tokcc.passes.budget import resolve_budget
+from tokcc.passes.budget import planned_counts
 from tokcc.passes.inputs import EngineInput, declared_inputs
 from tokcc.passes.piece import resolve_piece
 from tokcc.passes.prompt.piece import PromptReducer, PromptScore, PromptSelector
@@ -160,14 +160,7 @@ def _plan_step(policy: LoadedPolicy, number: int, step: Step, cuts: DecoderCuts,
             help="what comes in front of the first layer is reduced in the encoder: runtimes count positions by the"
             " cache of the first layer",
         )
-    try:
-        counts = resolve_budget(step.budget, layers, num_layers)
-    except ValueError as error:
-        raise PlanError(
-            str(error),
-            policy=policy.where(("steps", number, "budget")),
-            help=f"choose as many layers with `at: {{layers: ...}}`, or a budget for {len(layers)}",
-        ) from error
+    counts = planned_counts(policy, number, step, layers, num_layers)
     score, select, reduce = _pieces(policy, number, step)
     result = []
     for layer, count in zip(layers, counts, strict=True):

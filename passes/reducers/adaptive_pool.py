@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from tokcc.ir.space import TokenSpace
-from tokcc.passes.cells import cells_of, with_protected_values
+from tokcc.passes.cells import cells_of
 from tokcc.passes.cut import Cut, Gridded
 from tokcc.passes.piece import Reducer
 
@@ -35,7 +35,7 @@ class AdaptivePool(Reducer):
         )
         x = b.matmul(along, b.reshape(x, [cut.batch.size, height, width, channels]))  # [B, h, m, C]
         x = b.matmul(down, b.reshape(x, [cut.batch.size, height, columns * channels]))  # [B, n, m C]
-        return with_protected_values(cut, b.reshape(x, [cut.batch.size, rows * columns, channels]))
+        return cut.with_protected_values(b.reshape(x, [cut.batch.size, rows * columns, channels]))
 
 
 def averaging(into: int, of: int) -> torch.Tensor:

@@ -93,4 +93,4 @@ class RecycleCells(Reducer):
         mean = b.matmul(b.div(weight, total), b.cast(cut.inner(cut.x), torch.float32))  # [B, G, C]
         new = b.cast(b.matmul(b.transpose(host, 1, 2), mean), b.dtype(cut.x))  # [B, M, C]
         inner = b.where(b.unsqueeze(b.compare("gt", hosts, 0.5), 2), new, cut.inner(cut.x))
-        return b.cat([b.slice(cut.x, 1, 0, cut.first), inner], 1) if cut.first else inner
+        return cut.with_protected_values(inner)

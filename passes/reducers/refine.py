@@ -34,7 +34,4 @@ class Refine(InContext, Reducer):
         b = cut.b
         Drop().reduce(cut, chosen, child)
         refined = b.cast(self.refined(cut), b.dtype(cut.x))
-        parts = [b.slice(cut.x, 1, 0, cut.first)] * bool(cut.first) + [refined]
-        if cut.last:
-            parts.append(b.slice(cut.x, 1, b.sub_sizes(cut.tokens, cut.last)))
-        return take(cut, b.cat(parts, 1), chosen.index)
+        return take(cut, cut.with_protected_values(refined), chosen.index)

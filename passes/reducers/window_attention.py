@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tokcc.ir.space import TokenSpace
 from tokcc.passes.blocks import Blocks
-from tokcc.passes.cells import cells_of, with_protected_values
+from tokcc.passes.cells import cells_of
 from tokcc.passes.cut import Cut, Gridded
 from tokcc.passes.depth import LayerChoice, read_layer
 from tokcc.passes.grid import windows
@@ -78,7 +78,7 @@ class WindowAttention(TextVector, Blocks, Reducer):
         key, value = (b.reshape(part, [every, tall * wide, channels]) for part in (key, value))
         made = self.attend(b, query, key, "attn", None, cut.x, value)  # [B n m, 1, C]
         made = b.reshape(made, [cut.batch.size, rows, channels])
-        return with_protected_values(cut, b.cast(made, b.dtype(cut.x)))
+        return cut.with_protected_values(b.cast(made, b.dtype(cut.x)))
 
     def _window(self, cut: Cut, chosen: Gridded) -> tuple[int, int]:
         (height, width), (rows, columns) = chosen.grid, chosen.cells

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 from typing import Any, ClassVar
 
@@ -10,6 +9,7 @@ import torch
 from pydantic import Field
 
 from tokcc.passes.cut import Cut, Kept
+from tokcc.passes.grid import fixed_size, side_of
 from tokcc.passes.ordering import HIGHEST, keep_indices, masked, topk
 from tokcc.passes.piece import OtherScore, Selector
 
@@ -43,13 +43,8 @@ class Neighbourhoods(Selector):
 
     def select(self, cut: Cut, score: Any) -> Kept:
         """See :class:`Neighbourhoods`."""
-        b, size = cut.b, cut.candidates
-        kept = cut.count.kept(b, size, cut.initial_candidates)
-        if cut.valid is not None or not isinstance(size, int) or not isinstance(kept, int):
-            cut.ctx.fail(
-                "the tokens are no grid of fixed size",
-                help="export the model with a fixed number of tokens and without a padding mask",
-            )
+        b, size = cut.b, fixed_size(cut)
+        kept: int = cut.count.kept(b, size, cut.initial_candidates)
         rating = masked(cut, score)
         anchors = round(Fraction(str(self.share)) * kept / _CROSS)
         if anchors:
@@ -65,7 +60,13 @@ class Neighbourhoods(Selector):
     def _region(self, cut: Cut, anchors: Any) -> Any:
         """Mark anchors ``[B, A]`` and their neighbours among all tokens, bool ``[B, N]``."""
         b, size = cut.b, cut.candidates
-        width = self._width(cut)
+        width = side_of(
+            cut,
+            self.width,
+            parameter="width",
+            given=f"with rows of {self.width}",
+            needed="the number of tokens in a row",
+        )
         column = b.call(aten.remainder.Scalar, anchors, width)
         steps = {-1: b.compare("gt", column, 0), 1: b.compare("lt", column, width - 1), -width: None, width: None}
         places = [anchors]
@@ -80,14 +81,3 @@ class Neighbourhoods(Selector):
         marked = b.add(b.cat(places, 1), cut.first)  # [B, 5A]
         equal = b.compare("eq", b.unsqueeze(marked, 2), cut.positions())  # [B, 5A, N]
         return b.compare("gt", b.amax(b.cast(equal, torch.float32), 1), 0.5)
-
-    def _width(self, cut: Cut) -> int:
-        size: int = cut.candidates
-        width = self.width or math.isqrt(size)
-        if size % width or (self.width is None and width * width != size):
-            cut.ctx.fail(
-                f"{size} tokens are no grid" + (f" with rows of {self.width}" if self.width else " of equal sides"),
-                needed="the number of tokens in a row",
-                help="set the parameter `width`",
-            )
-        return width

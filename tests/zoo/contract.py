@@ -22,6 +22,7 @@ from tests.decoders import tiny
 from tests.zoo.arguments import PICTURE, PICTURE_ID, arguments
 from tests.zoo.builders import HEADS, HIDDEN
 from tests.zoo.contract_table import LIMIT, RESULTS, Case, Row, read_rows, write_rows
+from tests.zoo.matrix import relative_difference
 from tests.zoo.models import ZOO, ZooModel
 from tests.zoo.trained import with_files
 from tokcc.analysis.cache_sites import cache_sites
@@ -173,9 +174,7 @@ def _difference(entry: ZooModel, name: str, found: torch.Tensor, want: torch.Ten
         found, want = (entry.defined(name, value, feeds) for value in (found, want))
     if not want.is_floating_point():
         return 0.0 if torch.equal(found, want) else float("inf")
-    if not bool(found.isfinite().all()) or not bool(want.isfinite().all()):
-        return float("inf")
-    return float((found.double() - want.double()).abs().max() / want.double().abs().max().clamp_min(1e-6))
+    return relative_difference(found, want) if bool(want.isfinite().all()) else float("inf")
 
 
 def _compare_decoder(case: Case, reduced: Reduced, session: Session) -> Row:

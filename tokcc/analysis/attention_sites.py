@@ -64,6 +64,11 @@ class AttentionSite:
     transposed: bool = False
 
     @property
+    def mixes(self) -> str:
+        """Name of the node where tokens have met."""
+        return self.output
+
+    @property
     def fused(self) -> bool:
         """True for an SDPA node."""
         return self.probs is None

@@ -11,6 +11,7 @@ from torch import fx
 from tokcc.analysis.cache_sites import CacheSite
 from tokcc.errors import PlanError
 from tokcc.ir.program import Program
+from tokcc.ir.reach import made_of
 
 __all__ = ["mask_input", "sliding_windows"]
 
@@ -23,7 +24,7 @@ def mask_input(program: Program, sites: Sequence[CacheSite]) -> str | None:
     """Return the input that says which tokens are padding: integers or bools ``[B, T]`` that the masks depend on."""
     nodes = {node.name: node for node in program.graph.nodes}
     masks = [nodes[site.mask] for site in sites if site.mask is not None]
-    ancestors = _ancestors(masks)
+    ancestors = made_of(masks)
     for node in program.user_inputs:
         fake = node.meta.get("val")
         if node in ancestors and "mask" in node.name and isinstance(fake, torch.Tensor) and fake.ndim == 2:
@@ -81,7 +82,7 @@ def _allowed(program: Program, mask: fx.Node, padding: str | None, real: torch.T
     batch, total = real.shape
     state = program.state_tensors()
     env: dict[fx.Node, Any] = {}
-    needed = _ancestors([mask])
+    needed = made_of([mask])
     for node in program.graph.nodes:
         if node not in needed:
             continue
@@ -114,14 +115,3 @@ def _input(node: fx.Node, padding: str | None, real: torch.Tensor, new: int, pas
     if fake.ndim == 3:  # positions by frame, row and column
         return place.expand(fake.shape[0], -1, -1).to(fake.dtype)
     return place.to(fake.dtype) if fake.ndim == 2 else torch.zeros([batch, new], dtype=fake.dtype)
-
-
-def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    work = list(nodes)
-    while work:
-        node = work.pop()
-        if node not in found:
-            found.add(node)
-            work += node.all_input_nodes
-    return found

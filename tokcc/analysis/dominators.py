@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,19 @@ class Stream:
         """Return True when more than one computation reads the node: a residual-stream point."""
         users = [u for u in node.users if u.op == "output" or u in self.reached]
         return len(users) > 1
+
+    def groups(self, wanted: Callable[[fx.Node], bool]) -> Iterator[list[fx.Node]]:
+        """Yield the wanted nodes between each two neighbouring dominators that have some, in execution order."""
+        group: list[fx.Node] = []
+        passed = set(self.dominators)
+        for node in self.order:
+            if node in passed and group:
+                yield group
+                group = []
+            if node in self.reached and wanted(node):
+                group.append(node)
+        if group:
+            yield group
 
 
 def find_stream(program: Program) -> Stream | None:

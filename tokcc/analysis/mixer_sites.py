@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,6 @@ from torch import fx
 
 import tokcc.kernels  # registers the operations
 from tokcc.analysis.dominators import Stream
-from tokcc.ir.program import Program
 
 __all__ = ["MixerSite", "mixer_sites"]
 
@@ -31,29 +29,21 @@ class MixerSite:
     states: tuple[str, ...]
     output: str
 
+    @property
+    def mixes(self) -> str:
+        """Name of the node where tokens have met: the last state."""
+        return self.states[-1]
 
-def mixer_sites(program: Program, stream: Stream) -> list[MixerSite]:
+
+def mixer_sites(stream: Stream) -> list[MixerSite]:
     """Return the mixers between neighbouring points that everything passes, in execution order."""
     found: list[MixerSite] = []
-    for states in _groups(program, stream):
+    for states in stream.groups(lambda node: node.target is torch.ops.tokcc.recurrence.default):
         behind = next((d for d in stream.dominators if stream.order[d] > stream.order[states[-1]]), None)
         output = None if behind is None else _projected(behind, states)
         if output is not None:
             found.append(MixerSite(tuple(node.name for node in states), output.name))
     return found
-
-
-def _groups(program: Program, stream: Stream) -> Iterator[list[fx.Node]]:
-    group: list[fx.Node] = []
-    passed = set(stream.dominators)
-    for node in program.graph.nodes:
-        if node in passed and group:
-            yield group
-            group = []
-        if node.target is torch.ops.tokcc.recurrence.default and node in stream.reached:
-            group.append(node)
-    if group:
-        yield group
 
 
 def _projected(behind: fx.Node, states: list[fx.Node]) -> fx.Node | None:

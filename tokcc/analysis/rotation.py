@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from tokcc.ir.program import Program
+from tokcc.ir.reach import made_of
 
 __all__ = ["Rotation", "find_rotation"]
 
@@ -60,7 +61,7 @@ def find_rotation(program: Program, result: fx.Node) -> Rotation | None:
     hidden = _users(*(node for node in program.user_inputs if node is not positions))
     tables = _users(positions) - hidden  # cosines and sines
     given = set(program.user_inputs)
-    local = sorted(_inputs(result, lambda node: _projects(node, given)), key=order.__getitem__)
+    local = sorted(made_of([result], lambda node: _projects(node, given)), key=order.__getitem__)
     turned: set[fx.Node] = set()
     for node in local:
         if any(a is positions or a in tables or a in turned for a in node.all_input_nodes):
@@ -116,15 +117,3 @@ def _projects(node: fx.Node, given: set[fx.Node]) -> bool:
     if node.target is torch.ops.aten.matmul.default:
         return any(a.op == "placeholder" and a not in given for a in node.all_input_nodes)
     return node.target in _PROJECTIONS
-
-
-def _inputs(node: fx.Node, stop: Callable[[fx.Node], bool] = lambda node: False) -> set[fx.Node]:
-    """Return a node and what it depends on, up to operations that are not looked behind."""
-    found: set[fx.Node] = set()
-    work = [node]
-    while work:
-        current = work.pop()
-        if current not in found and not stop(current):
-            found.add(current)
-            work += current.all_input_nodes
-    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from torch import fx
 
 from tokcc.analysis.dominators import Stream
-from tokcc.ir.program import Program
 
 __all__ = ["SamplingSite", "sampling_sites"]
 
@@ -51,30 +49,24 @@ class SamplingSite:
         """The last sampler."""
         return self.samplers[-1]
 
+    @property
+    def mixes(self) -> str:
+        """Name of the node where tokens have met."""
+        return self.output
 
-def sampling_sites(program: Program, stream: Stream) -> list[SamplingSite]:
+
+def sampling_sites(stream: Stream) -> list[SamplingSite]:
     """Return what is sampled between neighbouring points that everything passes, in execution order."""
     return [
         SamplingSite(tuple(node.name for node in group), tuple(str(node.args[0]) for node in group))
-        for group in _groups(program, stream)
+        for group in stream.groups(_of_tokens)
     ]
 
 
-def _groups(program: Program, stream: Stream) -> Iterator[list[fx.Node]]:
-    group: list[fx.Node] = []
-    passed = set(stream.dominators)
-    for node in program.graph.nodes:
-        if node in passed and group:
-            yield group
-            group = []
-        if node.target is aten.grid_sampler.default and node in stream.reached and _of_tokens(node):
-            group.append(node)
-    if group:
-        yield group
-
-
 def _of_tokens(sampler: fx.Node) -> bool:
-    """True where what is sampled is a linear layer's output, put into the form of an image."""
+    """True for a sampler of a linear layer's output that was put into the form of an image."""
+    if sampler.target is not aten.grid_sampler.default:
+        return False
     node: Any = sampler.args[0]
     for _ in range(_MOST_STEPS):
         if not isinstance(node, fx.Node) or node.target not in _LAYOUT:

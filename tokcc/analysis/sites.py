@@ -56,12 +56,9 @@ class Layer:
     @property
     def mixes(self) -> str:
         """Name of the node where tokens have met: the attention's output, or the last state of a mixer."""
-        if self.attention is not None:
-            return self.attention.output
-        if self.sampling is not None:
-            return self.sampling.output
-        assert self.mixer is not None
-        return self.mixer.states[-1]
+        site = self.attention or self.sampling or self.mixer
+        assert site is not None
+        return site.mixes
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def find_sites(program: Program) -> Sites:
     mixers: list[MixerSite | SamplingSite] = []
     if stream is not None:
         attentions = [a for a in attentions if nodes[a.output] in stream.reached]
-        mixers = [*mixer_sites(program, stream), *sampling_sites(program, stream)]
+        mixers = [*mixer_sites(stream), *sampling_sites(stream)]
     if stream is None or not (attentions or mixers):
         raise PlanError(
             "no attention found",
@@ -134,7 +131,7 @@ def find_sites(program: Program) -> Sites:
             help="token reduction applies to transformers and state-space models; check that the right module was "
             "exported",
         )
-    first = min((m[0] for m in (_mixings(attentions), _mixings(mixers)) if m), key=lambda n: stream.order[nodes[n]])
+    first = min((site.mixes for site in (*attentions, *mixers)), key=lambda name: stream.order[nodes[name]])
     entry_node = stream_entry(stream, nodes[first])
     walk = _annotate(program, entry_node, attentions, nodes[first])
     axes = {node.name: value for node, value in walk.env.items() if isinstance(value, Value)}
@@ -165,10 +162,6 @@ def find_sites(program: Program) -> Sites:
         order={node.name: i for node, i in stream.order.items()},
         middle=middle,
     )
-
-
-def _mixings(found: Sequence[AttentionSite | MixerSite | SamplingSite]) -> list[str]:
-    return [site.states[-1] if isinstance(site, MixerSite) else site.output for site in found]
 
 
 def stream_entry(stream: Stream, first: fx.Node) -> fx.Node:
@@ -227,8 +220,8 @@ def _layers(
     own: list[AttentionSite | MixerSite | SamplingSite] = []
     own += [a for a in attentions if _is_self_attention(a, axes, walk, nodes)]
     own += [m for m in mixers if isinstance(m, MixerSite) or _samples_itself(m, axes, walk)]
-    own = sorted(own, key=lambda site: stream.order[nodes[_mixings([site])[0]]])
-    places = [stream.order[nodes[name]] for name in _mixings(own)]
+    own = sorted(own, key=lambda site: stream.order[nodes[site.mixes]])
+    places = [stream.order[nodes[site.mixes]] for site in own]
     layers: list[Layer] = []
     for i, site in enumerate(own):
         attention = site if isinstance(site, AttentionSite) else None

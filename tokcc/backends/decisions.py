@@ -9,6 +9,7 @@ outputs are compared given the same choices.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from tokcc.backends.feeds import Feeds
+from tokcc.ir.edit import is_float
 from tokcc.ir.program import Program
 from tokcc.kernels.cover_select.reference import reference as cover_select
 from tokcc.kernels.dpp_select.reference import reference as dpp_select
@@ -176,7 +178,7 @@ def decisions(program: Program) -> list[Decision]:
     found: list[Decision] = []
     for node in program.graph.nodes:
         rule = _RULES.get(node.target) if node.op == "call_function" else None
-        if rule is None or not _real(node.args[0]):
+        if rule is None or not isinstance(node.args[0], fx.Node) or not is_float(node.args[0]):
             continue
         shown = node
         if rule.part is not None:
@@ -247,29 +249,22 @@ class _Replay(fx.Interpreter):
         if why:
             self._refuse(decision, why)
             return own
-        return self._forced(n, rule, args, kwargs, own, other)
+        return self._forced(rule, args, kwargs, other)
 
     def _refuse(self, decision: Decision, why: str) -> None:
         self.refused = self.refused or f"{decision.node.name}: {why}"
 
-    def _forced(self, n: fx.Node, rule: _Rule, args: Any, kwargs: Any, own: Any, other: Tensor) -> Any:
+    def _forced(self, rule: _Rule, args: Any, kwargs: Any, other: Tensor) -> Any:
         """Return the operation's result with the other choice: values go with their indices."""
         if rule.part is None:
             return other
         x = args[0]
-        dim = kwargs.get("dim", _DIMENSION[n.target](args))
+        bound = inspect.signature(rule.shortfall).bind(other, *args, **kwargs)
+        bound.apply_defaults()
+        dim = bound.arguments["dim"]
         keepdim = other.ndim == x.ndim
         values = x.gather(dim, other if keepdim else other.unsqueeze(dim))
         return values if keepdim else values.squeeze(dim), other
-
-
-_DIMENSION: dict[Any, Callable[[Any], int]] = {
-    aten.topk.default: lambda args: args[2] if len(args) > 2 else -1,
-    aten.sort.default: lambda args: args[1] if len(args) > 1 else -1,
-    aten.sort.stable: lambda args: args[1] if len(args) > 1 else -1,
-    aten.max.dim: lambda args: args[1],
-    aten.min.dim: lambda args: args[1],
-}
 
 
 def _unexplained(
@@ -311,8 +306,3 @@ def _inside(chosen: Tensor, size: int) -> bool:
 
 def _repeats(chosen: Tensor, dim: int) -> bool:
     return bool((chosen.sort(dim).values.diff(dim=dim) == 0).any())
-
-
-def _real(arg: Any) -> bool:
-    fake = arg.meta.get("val") if isinstance(arg, fx.Node) else None
-    return isinstance(fake, Tensor) and fake.is_floating_point()

@@ -28,6 +28,8 @@ from torch.export.graph_signature import (
 )
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from tokcc.ir.edit import evaluate, replace
+
 __all__ = ["functional"]
 
 aten = torch.ops.aten
@@ -142,8 +144,7 @@ def _argument(value: Any, before: Any) -> Any:
 def _forward(node: fx.Node) -> bool:
     """The call changes nothing."""
     source: Any = node.args[0]
-    node.replace_all_uses_with(source)
-    node.graph.erase_node(node)
+    replace(node, source)
     return True
 
 
@@ -170,15 +171,12 @@ def _in_place(node: fx.Node) -> bool:
     mode = detect_fake_mode((value,))
     if functional is None or functional is node.target or not _stays(functional) or mode is None or not _fresh(source):
         return False
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with mode, torch.no_grad():
-        result = functional(*args, **kwargs)
+    node.target = functional
+    evaluate(node, mode)
+    result = node.meta["val"]
     if not isinstance(result, torch.Tensor) or (result.dtype, result.ndim) != (value.dtype, value.ndim):
         return False
-    if not all(statically_known_true(a == b) for a, b in zip(result.shape, value.shape, strict=True)):
-        return False
-    node.target, node.meta["val"] = functional, result
-    return True
+    return all(statically_known_true(a == b) for a, b in zip(result.shape, value.shape, strict=True))
 
 
 def _fresh(node: Any) -> bool:

@@ -130,8 +130,7 @@ class RollScans:
             if inner is after:
                 env[inner] = self._state(node, steps, inner, places[0], env)
             elif all(n in env for n in inner.all_input_nodes):
-                args, kwargs = fx.node.map_arg((inner.args, inner.kwargs), lambda n: n)
-                operands, named = _looked_up(args, env), _looked_up(kwargs, env)
+                operands, named = fx.node.map_arg((inner.args, inner.kwargs), env.__getitem__)
                 if not _differs(operands):  # the same in each step
                     env[inner] = steps.call(inner.target, *operands, **named)
                     continue
@@ -151,7 +150,7 @@ class RollScans:
         for decay, before, update in _terms(inner):
             known = all(not isinstance(part, fx.Node) or part in env for part in (decay, update))
             if before is state and known:
-                made = _states(steps, _looked_up(decay, env), _looked_up(update, env), inner.meta["val"])
+                made = _states(steps, *fx.node.map_arg((decay, update), env.__getitem__), inner.meta["val"])
                 if made is not None:
                     return made
         self._refuse(node, "a state that is `decay * state + update`")
@@ -163,16 +162,6 @@ class RollScans:
             needed=needed,
             help="write the recurrence as `state = decay * state + update`, with everything else outside of the scan",
         )
-
-
-def _looked_up(tree: Any, env: dict[fx.Node, Any]) -> Any:
-    if isinstance(tree, fx.Node):
-        return env[tree]
-    if isinstance(tree, list | tuple):
-        return [_looked_up(item, env) for item in tree]
-    if isinstance(tree, dict):
-        return {key: _looked_up(item, env) for key, item in tree.items()}
-    return tree
 
 
 def _holds_nodes(values: Any) -> bool:

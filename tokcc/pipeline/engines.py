@@ -191,14 +191,15 @@ def _emit(
         with stages.stage("parity", len(feeds)) as advance:
             if engine is not None:
                 checks["onnx"] = check_parity(Session(engine).run, names, feeds, expected, tolerance, advance)
+                why: str | None = None
                 if not all(check.passed for check in checks["onnx"]):
                     settled = settle(reduced.program, reduced.sliced, engine, names, feeds, opset, tolerance)
                     if isinstance(settled, str):
-                        refuse_difference("onnx", checks["onnx"], settled)
+                        why = settled
                     else:
                         expected, checks["onnx"] = settled.expected, settled.checks
                         remarks.append(settled.note)
-                refuse_difference("onnx", checks["onnx"])
+                refuse_difference("onnx", checks["onnx"], why)
                 save_reference(place.folder / "reference.npz", names, feeds, expected)
         if "pt2" in backends:
             with stages.stage("write pt2"):

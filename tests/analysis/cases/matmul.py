@@ -116,6 +116,23 @@ _FORMS = {
     "mask and bias": {"mask": Side("b 1 1 n", "bool"), "bias": Side("1 h n n"), "other": Side("n 1")},
 }
 
+
+def _letters(x: Tensor, w: Tensor, table: Tensor, plain: Tensor) -> tuple[Tensor, ...]:
+    heads = PLACES["b h n d"](x)
+    return (
+        aten.einsum.default("bnc,ce->bne", [x, w]),
+        aten.einsum.default("bnc,bnd->bncd", [x, x[..., :4]]),
+        aten.einsum.default("bnc,nc->nb", [x, table]),
+        aten.einsum.default("bn c, bnc -> bn", [x, x]),
+        aten.einsum.default("bhnd,hd->bnh", [heads, plain]),
+    )
+
+
+def _attending(x: Tensor) -> Tensor:
+    probs = aten.softmax.int(aten.einsum.default("bnc,bmc->bnm", [x, x]), -1)
+    return aten.einsum.default("bnm,bmc->bnc", [probs, x])
+
+
 CASES: list[Case] = [
     Case(
         "layers",
@@ -163,4 +180,13 @@ CASES: list[Case] = [
         commutes=False,
         kinds=EVERY,
     ),
+    Case(
+        "products with letters",
+        _letters,
+        ("b n e", "b n c d", "n b", "b n", "b n h"),
+        {"w": Side("c e", "weight"), "table": Side("n c"), "plain": Side("h d")},
+        kinds=(("drop",), ("shared",)),
+        dynamic=True,
+    ),
+    Case("attention with letters", _attending, ("b n c",), commutes=False, dynamic=True),
 ]

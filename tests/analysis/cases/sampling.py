@@ -1,4 +1,4 @@
-"""Sampling images at places that tokens say, and values beside each other on a new axis."""
+"""Sampling images at places that tokens say."""
 
 from __future__ import annotations
 
@@ -23,14 +23,6 @@ def _sampled(x: Tensor, image: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _stacked(x: Tensor, table: Tensor) -> tuple[Tensor, ...]:
-    return (
-        aten.stack.default([x, x * 2, x + table], 1),
-        aten.stack.default([x.transpose(1, 2), x.transpose(1, 2)], -1),
-        aten.stack.default([x], 0),
-    )
-
-
 CASES = [
     Case(
         "grid sampler",
@@ -39,5 +31,4 @@ CASES = [
         sides={"image": Side("b 6 5 4")},
         dynamic=True,
     ),
-    Case("stack", _stacked, ("b 3 n c", "b c n 2", "1 b n c"), sides={"table": Side("1 n c")}, dynamic=True),
 ]

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 import tokcc.kernels
-from tests.analysis.cases.places import PLACES
 from tests.analysis.oracle import Case, Side
 
 __all__ = ["CASES"]
@@ -55,22 +54,6 @@ def _recurrences(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _letters(x: Tensor, w: Tensor, table: Tensor, plain: Tensor) -> tuple[Tensor, ...]:
-    heads = PLACES["b h n d"](x)
-    return (
-        aten.einsum.default("bnc,ce->bne", [x, w]),
-        aten.einsum.default("bnc,bnd->bncd", [x, x[..., :4]]),
-        aten.einsum.default("bnc,nc->nb", [x, table]),
-        aten.einsum.default("bn c, bnc -> bn", [x, x]),
-        aten.einsum.default("bhnd,hd->bnh", [heads, plain]),
-    )
-
-
-def _attending(x: Tensor) -> Tensor:
-    probs = aten.softmax.int(aten.einsum.default("bnc,bmc->bnm", [x, x]), -1)
-    return aten.einsum.default("bnm,bmc->bnc", [probs, x])
-
-
 CASES: list[Case] = [
     Case(
         "reversals",
@@ -98,13 +81,4 @@ CASES: list[Case] = [
         kinds=(("drop",), ("shared",), ("padded",), ("drop", "padded")),
         dynamic=True,
     ),
-    Case(
-        "products with letters",
-        _letters,
-        ("b n e", "b n c d", "n b", "b n", "b n h"),
-        {"w": Side("c e", "weight"), "table": Side("n c"), "plain": Side("h d")},
-        kinds=(("drop",), ("shared",)),
-        dynamic=True,
-    ),
-    Case("attention with letters", _attending, ("b n c",), commutes=False, dynamic=True),
 ]

@@ -163,6 +163,14 @@ def _head_and_rest(x: Tensor, cos: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def _stacked(x: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+    return (
+        aten.stack.default([x, x * 2, x + table], 1),
+        aten.stack.default([x.transpose(1, 2), x.transpose(1, 2)], -1),
+        aten.stack.default([x], 0),
+    )
+
+
 CASES: list[Case] = [
     Case(
         "places",
@@ -189,5 +197,6 @@ CASES: list[Case] = [
         kinds=(("drop",), ("shared",), ("merge",), ("merge", "drop")),
         dynamic=True,
     ),
+    Case("stack", _stacked, ("b 3 n c", "b c n 2", "1 b n c"), sides={"table": Side("1 n c")}, dynamic=True),
     *(_squeezes(layout) for layout in PLACES),
 ]

@@ -1,14 +1,12 @@
-"""Sampling an image at places, and putting values beside each other on a new axis: what deformable attention does."""
+"""Sampling an image at places, as deformable attention does."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from tokcc.analysis.context import Context
-from tokcc.ir.space import Axis, Factor
 from tokcc.ir.value import Value
 
 __all__ = ["RULES"]
@@ -25,13 +23,4 @@ def grid_sampler(ctx: Context, image: Value, grid: Value, *how: Any) -> Value:
     return Value(handle, (joints[0], image.axes[1], grid.axes[1], grid.axes[2]), ctx.old_shape())
 
 
-def stack(ctx: Context, parts: Sequence[Value], dim: int = 0) -> Value:
-    """Values of one shape beside each other on a new axis."""
-    values, axes, _ = ctx.broadcast(list(parts))
-    handle, old = ctx.emit([value.handle for value in values], dim), ctx.old_shape()
-    place = dim % len(old)
-    new: Axis = () if len(parts) == 1 else (Factor(None, len(parts)),)
-    return Value(handle, (*axes[:place], new, *axes[place:]), old, side=all(value.side for value in parts))
-
-
-RULES: dict[Any, Any] = {aten.grid_sampler.default: grid_sampler, aten.stack.default: stack}
+RULES: dict[Any, Any] = {aten.grid_sampler.default: grid_sampler}

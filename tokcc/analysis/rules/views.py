@@ -234,6 +234,15 @@ def cat(ctx: Context, xs: Sequence[Value], dim: int = 0) -> Value:
     return Value(handle, tuple(axes), old, side=all(x.side for x in xs))
 
 
+def stack(ctx: Context, parts: Sequence[Value], dim: int = 0) -> Value:
+    """Values of one shape beside each other on a new axis."""
+    values, axes, _ = ctx.broadcast(list(parts))
+    handle, old = ctx.emit([value.handle for value in values], dim), ctx.old_shape()
+    place = dim % len(old)
+    new: Axis = () if len(parts) == 1 else (Factor(None, len(parts)),)
+    return Value(handle, (*axes[:place], new, *axes[place:]), old, side=all(value.side for value in parts))
+
+
 def _joined_tokens(ctx: Context, xs: Sequence[Value], dim: int, tagged: list[int]) -> Axis:
     if len(tagged) != 1 or tagged[0] != len(xs) - 1 or len(xs[-1].axes[dim]) != 1:
         if ctx.clean:
@@ -270,4 +279,5 @@ RULES: dict[Any, Any] = {
     aten.expand.default: expand,
     aten.repeat.default: repeat,
     aten.cat.default: cat,
+    aten.stack.default: stack,
 }

@@ -40,6 +40,12 @@ def matmul(t: Translator, node: fx.Node, first: Any, second: Any) -> Any:
     return t.op("MatMul", t.value(first), t.value(second))
 
 
+def einsum(t: Translator, node: fx.Node, equation: str, operands: Any, **kwargs: Any) -> Any:
+    """A product written with letters."""
+    del node, kwargs
+    return t.op("Einsum", *(t.value(x) for x in operands), equation=equation)
+
+
 def addmm(
     t: Translator, node: fx.Node, bias: Any, first: Any, second: Any, *, beta: float = 1, alpha: float = 1
 ) -> Any:
@@ -346,6 +352,7 @@ LOWERINGS: dict[Any, Any] = {
     aten.matmul.default: matmul,
     aten.mm.default: matmul,
     aten.bmm.default: matmul,
+    aten.einsum.default: einsum,
     aten.addmm.default: addmm,
     aten.baddbmm.default: addmm,
     aten.layer_norm.default: layer_norm,

@@ -44,13 +44,6 @@ def recurrence(t: Translator, node: fx.Node, decay: Any, update: Any, axis: int)
     return made[1]
 
 
-def einsum(t: Translator, node: fx.Node, equation: str, operands: Any, **kwargs: Any) -> Any:
-    """A product written with letters."""
-    del node, kwargs
-    return t.op("Einsum", *(t.value(x) for x in operands), equation=equation)
-
-
 LOWERINGS: dict[Any, Any] = {
     torch.ops.tokcc.recurrence.default: recurrence,
-    torch.ops.aten.einsum.default: einsum,
 }
