@@ -347,6 +347,8 @@ class TestRead:
             bundle.run({"x": x.astype(np.float64)})
         with pytest.raises(UsageError, match="not those of the engine"):
             bundle.run({"input": x})
+        with pytest.raises(UsageError, match="another shape"):
+            bundle.run({"x": x[:, :2]})
 
     def test_a_bundle_can_be_moved(self, tmp_path: Path) -> None:
         bundle = write_bundle(tmp_path / "out")

@@ -228,9 +228,13 @@ def test_choices_of_whole_numbers_are_none() -> None:
     assert decisions(trace(Equal(), {"x": torch.ones(2)})) == []
 
 
+def build(program: Program, path: Path) -> None:
+    save_onnx(build_onnx(program), path)
+
+
 def engine_of(program: Program, folder: Path) -> Path:
     path = folder / "model.onnx"
-    save_onnx(build_onnx(program), path)
+    build(program, path)
     return path
 
 
@@ -250,7 +254,7 @@ def test_settling_an_engine(tmp_path: Path) -> None:
     def settled(token: int, by: float) -> Settled | str:
         feeds = {"score": near, "payload": torch.zeros(2, 1)}
         engine = engine_of(trace(Rounds(token, by), feeds), tmp_path)
-        return settle(program, trace(Rounds(token, by), feeds), engine, ["output"], [feeds], 18, Tolerance())
+        return settle(program, trace(Rounds(token, by), feeds), engine, ["output"], [feeds], build, Tolerance())
 
     found = settled(2, 2 * ROUNDING)
     assert isinstance(found, Settled), found
@@ -265,5 +269,5 @@ def test_settling_an_engine(tmp_path: Path) -> None:
 def test_a_model_without_choices_has_nothing_to_settle(tmp_path: Path) -> None:
     program = trace(nn.Linear(3, 3), {"input": torch.randn(1, 3)})
     feeds: dict[str, Any] = {"input": torch.randn(1, 3)}
-    found = settle(program, program, engine_of(program, tmp_path), ["output"], [feeds], 18, Tolerance())
+    found = settle(program, program, engine_of(program, tmp_path), ["output"], [feeds], build, Tolerance())
     assert found == "the model makes no choices"

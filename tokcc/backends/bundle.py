@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokcc.backends.atomic import replace_folder
+from tokcc.backends.contract import check_feeds, check_shapes
 from tokcc.backends.leftovers import make_temporary, remove_leftovers
 from tokcc.backends.manifest import (
     MANIFEST,
@@ -25,12 +26,15 @@ from tokcc.backends.manifest import (
     TensorContract,
     hash_files,
 )
+from tokcc.backends.sessions import AOTI
 from tokcc.errors import OutputError, UsageError
 from tokcc.report.schema import Report
 
 __all__ = ["BackendEntry", "Bundle", "BundleWriter", "FileEntry", "Manifest", "State", "TensorContract"]
 
 REPORT = "report.json"
+_ENDINGS = {"onnx": ".onnx", "aoti": AOTI}
+"""Engines that run here, and how their names end."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK = (*_NO_ROOM, errno.EROFS, errno.EIO)
 
@@ -79,7 +83,36 @@ class Bundle:
     @property
     def baseline(self) -> Path:
         """Where the ONNX engine without reduction is, if it was kept."""
-        return self.root / "baseline.onnx"
+        return self.baseline_of("onnx")
+
+    def baseline_of(self, backend: str) -> Path:
+        """Return where the engine without reduction is that a backend made, if it was kept."""
+        return self.root / f"baseline{_ENDINGS[backend]}"
+
+    @property
+    def runnable(self) -> tuple[str, ...]:
+        """The backends whose engines run here, the first one first."""
+        entries = self.manifest.backends
+        return tuple(n for n, e in _ENDINGS.items() if n in entries and entries[n].engine.endswith(e))
+
+    def chosen(self, backend: str | None = None) -> str:
+        """Return a backend whose engine runs here: the given one, else the first.
+
+        Raises:
+            UsageError: There is no such engine, or it does not run here.
+        """
+        there = (name for name in _ENDINGS if name in self.manifest.backends)
+        name = backend or next(iter(self.runnable), None) or next(there, "onnx")
+        path = self.engine(name)
+        if name in self.runnable:
+            return name
+        if name == "aoti":
+            raise UsageError(
+                "the bundle has no aoti package yet",
+                needed="a machine with a GPU to make it on",
+                help=f"run `python build_cuda.py` there, in `{path.parent}`, and load what it writes with torch",
+            )
+        raise UsageError(f"tokcc does not run engines of `{name}`", needed=" or ".join(_ENDINGS))
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}, state={self.manifest.state!r}, backends={sorted(self.manifest.backends)})"
@@ -120,37 +153,47 @@ class Bundle:
             )
         return Report.load(self.path / REPORT)
 
-    def run(self, feeds: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Run the ONNX engine once on the CPU; a convenience, not a server.
+    def run(self, feeds: dict[str, npt.NDArray[Any]], backend: str | None = None) -> dict[str, npt.NDArray[Any]]:
+        """Run an engine once on the CPU; a convenience, not a server.
 
         Args:
             feeds: The inputs by name.
+            backend: ``onnx`` or ``aoti``; None = the first that the bundle has.
 
         Raises:
-            UsageError: An input is missing, unknown or of another dtype, or onnxruntime is not installed.
+            UsageError: An input is missing, unknown, of another dtype, or of a shape that the engine was not made for;
+                or the engine does not run here.
         """
+        name = self.chosen(backend)
+        contracts = self.manifest.inputs
+        arrays = {key: np.asarray(value) for key, value in feeds.items()}
+        if contracts:
+            check_feeds(contracts, arrays)
+            # Beyond the range of the export an ONNX engine may still be right; a package is not made for it.
+            check_shapes(contracts, self.manifest.ranges if name == "aoti" else {}, arrays)
+        if name == "aoti":
+            found: dict[str, npt.NDArray[Any]] = self._package.run(arrays)
+            return found
         session = self._session
-        wanted = {contract.name: contract.dtype for contract in self.manifest.inputs}
-        if not wanted:
-            wanted = {value.name: "" for value in session.get_inputs()}
-        if set(feeds) != set(wanted):
-            raise UsageError(
-                "the inputs are not those of the engine",
-                needed=", ".join(wanted),
-                found=", ".join(feeds),
-                help="; ".join(
-                    f"the policy added {contract}: {contract.doc} ({contract.unguided:g} in all places = not guided)"
-                    for contract in self.manifest.inputs
-                    if contract.unguided is not None and contract.name not in feeds
-                )
-                or None,
-            )
-        arrays = {name: np.asarray(value) for name, value in feeds.items()}
-        for name, dtype in wanted.items():
-            if dtype and str(arrays[name].dtype) != dtype:
-                raise UsageError(f"input `{name}` has another dtype", needed=dtype, found=str(arrays[name].dtype))
+        if not contracts:
+            check_feeds([TensorContract(name=v.name, dtype="", shape=()) for v in session.get_inputs()], arrays)
         names = [value.name for value in session.get_outputs()]
         return dict(zip(names, session.run(names, arrays), strict=True))
+
+    @cached_property
+    def _package(self) -> Any:
+        from tokcc.backends.aoti import AotiSession, lacking
+
+        details = self.manifest.backends["aoti"].details
+        missing = lacking(str(details.get("isa", "")))
+        if missing is not None:
+            raise UsageError(
+                "the aoti package was compiled for a CPU with more instructions",
+                needed=missing,
+                found="a CPU without them",
+                help="compile it on this machine, or on one like it",
+            )
+        return AotiSession(self.engine("aoti"))
 
     @cached_property
     def _session(self) -> Any:
@@ -202,9 +245,8 @@ class _Part(Bundle):
     def root(self) -> Path:
         return self._root
 
-    @property
-    def baseline(self) -> Path:
-        engine = self.engine("onnx")
+    def baseline_of(self, backend: str) -> Path:
+        engine = self.engine(backend)
         return engine.with_name(f"baseline.{engine.name}")
 
 

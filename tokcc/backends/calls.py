@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -22,9 +21,19 @@ LENGTHS = (12, 1, 1, 6, 1, 1, 1, 1)
 """A prompt, single tokens, a second piece of text, more single tokens."""
 
 
-def lengths_past(waits: int) -> tuple[int, ...]:
-    """Return new tokens of each call, the second piece of text longer by what waits to be held in another form."""
-    return (*LENGTHS[:3], LENGTHS[3] + waits, *LENGTHS[4:])
+def lengths_past(waits: int, most: int | None = None) -> tuple[int, ...]:
+    """Return new tokens of each call, the second piece of text longer by what waits to be held in another form.
+
+    Args:
+        waits: How much longer.
+        most: How many tokens there may be: pieces of text are shorter then, and the last calls are left out.
+    """
+    lengths = [*LENGTHS[:3], LENGTHS[3] + waits, *LENGTHS[4:]]
+    over = 0 if most is None else sum(lengths) - most
+    for place in (3, 0):
+        fewer = min(max(over, 0), lengths[place] - 1)
+        lengths[place], over = lengths[place] - fewer, over - fewer
+    return tuple(lengths[:most])
 
 
 def next_past(names: Sequence[str], outputs: Sequence[torch.Tensor]) -> Feeds:
@@ -42,6 +51,7 @@ def decoder_calls(
     lengths: Sequence[int] = LENGTHS,
     added: Sequence[EngineInput] = (),
     prompt: PromptPlan | None = None,
+    before: int = 0,
 ) -> tuple[list[Feeds], list[list[torch.Tensor]]]:
     """Run the reference call after call from an empty cache and return what went in and what came out.
 
@@ -56,6 +66,8 @@ def decoder_calls(
         lengths: New tokens of each call.
         added: Inputs that the policy added: random values for texts, and nothing for single tokens.
         prompt: Where prompts get shorter: the first call then is one that can.
+        before: How many tokens the mask says there were before the first call, for decoders that read long texts in
+            another way.
     """
     if prompt is not None:
         lengths = (max(lengths[0], prompt.shortest + 9), *lengths[1:])
@@ -64,6 +76,7 @@ def decoder_calls(
     mask = torch.ones(3, total, dtype=torch.int64)
     if "attention_mask" in example:
         mask[1, : min(lengths[0] // 3, 8)] = 0
+    earlier = torch.ones(3, before, dtype=torch.int64)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     past = empty_past(program, len(tokens))
     feeds: list[Feeds] = []
@@ -73,7 +86,7 @@ def decoder_calls(
         stop = start + length
         known = {
             name: tokens[:, start:stop],
-            "attention_mask": mask[:, :stop],
+            "attention_mask": torch.cat([earlier, mask[:, :stop]], 1),
             "position_ids": _for_axes(example, positions[:, start:stop]),
         }
         known |= {each: known[each].to(example[each].dtype) for each in known if each in example}
@@ -152,7 +165,8 @@ def empty_past(program: Program, batch: int) -> Feeds:
     for node in program.user_inputs:
         name, fake = program.public_name(node), node.meta.get("val")
         if name.startswith(_PAST) and isinstance(fake, torch.Tensor):
-            rows: Any = fake.shape[2]
-            rows = rows if isinstance(rows, int) else 0  # fixed slots are there from the beginning
-            past[name] = torch.zeros(batch, fake.shape[1], rows, fake.shape[3], dtype=fake.dtype)
+            # Fixed slots and states are there from the beginning.
+            sizes: Iterable[object] = fake.shape[1:]
+            own = [size if isinstance(size, int) else 0 for size in sizes]
+            past[name] = torch.zeros(batch, *own, dtype=fake.dtype)
     return past

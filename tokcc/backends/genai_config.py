@@ -23,7 +23,9 @@ _PAST = "past_key_values."
 _ENDLESS = 2**20
 
 
-def save_genai_config(loaded: Loaded, program: Program, engine: str, output: Path) -> tuple[str, ...]:
+def save_genai_config(
+    loaded: Loaded, program: Program, engine: str, output: Path, *, slots: int | None = None
+) -> tuple[str, ...]:
     """Write the configuration of a decoder whose caches are buffers of one fixed length.
 
     Args:
@@ -31,6 +33,7 @@ def save_genai_config(loaded: Loaded, program: Program, engine: str, output: Pat
         program: What was lowered.
         engine: Name of the engine's file.
         output: The bundle, with the model's own configuration in it.
+        slots: How many tokens a sequence may have, where its caches say.
 
     Returns:
         Remarks for the report.
@@ -41,7 +44,7 @@ def save_genai_config(loaded: Loaded, program: Program, engine: str, output: Pat
     if not isinstance(loaded.module, CausalDecoder):
         return (f"no {GENAI_CONFIG} is written: it takes a model that comes with its configuration",)
     config: Any = loaded.module.model.config
-    content = _content(config.get_text_config(), program, engine, stop_tokens(output))
+    content = _content(config.get_text_config(), program, engine, stop_tokens(output), slots)
     try:
         (output / GENAI_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
@@ -49,7 +52,7 @@ def save_genai_config(loaded: Loaded, program: Program, engine: str, output: Pat
     return ()
 
 
-def _content(config: Any, program: Program, engine: str, stops: tuple[int, ...]) -> dict[str, Any]:
+def _content(config: Any, program: Program, engine: str, stops: tuple[int, ...], slots: int | None) -> dict[str, Any]:
     inputs = {program.public_name(node): node.meta["val"] for node in program.user_inputs}
     _, kv_heads, _, width = next(fake for name, fake in inputs.items() if name.startswith(_PAST)).shape
     vocabulary = int(_values(program)["logits"].shape[2])
@@ -57,7 +60,7 @@ def _content(config: Any, program: Program, engine: str, stops: tuple[int, ...])
     trained = int(getattr(config, "max_position_embeddings", None) or 2**17)
     # Where positions are counted inside the cache, texts may be longer than anything the model was trained on.
     counted = any(program.public_name(node) == "position_ids" and not node.users for node in program.user_inputs)
-    length = _ENDLESS if counted else trained
+    length = min(_ENDLESS if counted else trained, slots or _ENDLESS)
     ends = [token for token in stops or _ids(config.eos_token_id) if token < vocabulary] or [vocabulary - 1]
     pad = next((token for token in _ids(config.pad_token_id) if token < vocabulary), ends[0])
     first = next((token for token in _ids(config.bos_token_id) if token < vocabulary), ends[0])

@@ -117,6 +117,8 @@ class Media(_Frozen):
         stock_tokens: Placeholders of a unit as the model was made.
         tokens: Placeholders of a unit that this engine wants.
         positions: ``rows`` = one number a token, ``grid`` = frame, row and column.
+        assign: Its output int64 ``[n, stock_tokens]``, which feature each of them reads, where the decoder attends to
+            merged tokens one by one: prompts then have all of the placeholders.
         masks: Inputs of the decoder that say which of its tokens are placeholders, int64 ``[B, S]``: policies add them.
         valid: Its output bool ``[n, tokens]`` that says which of them are there, where that depends on the image.
         lengths: Its output that says how many rows of a unit count, int64 ``[n]``, where units are padded.
@@ -136,6 +138,7 @@ class Media(_Frozen):
     input: str
     output: str
     index: str | None = None
+    assign: str | None = None
     masks: tuple[str, ...] = ()
     valid: str | None = None
     lengths: str | None = None

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from tokcc.errors import UsageError
 
-__all__ = ["Chunk", "expand", "grid_positions"]
+__all__ = ["Chunk", "expand", "grid_positions", "shared_rows"]
 
 Array = npt.NDArray[Any]
 
@@ -117,3 +117,26 @@ def grid_positions(prompt: Sequence[int], token: int, chunks: Sequence[Chunk]) -
         columns.append(start + (own if chunk.kept is None else own[:, chunk.kept]))
         start, place = start + max(chunk.grid[1:]), place + chunk.rows
     return np.concatenate(columns, 1).astype(np.int64)
+
+
+def shared_rows(prompt: Sequence[int], token: int, assign: Array) -> tuple[Array, Array, Array]:
+    """Return the rows that a prompt's tokens share, for a decoder that attends to merged tokens one by one.
+
+    Args:
+        prompt: With all placeholders.
+        token: The placeholder.
+        assign: int64 ``[placeholders]``: the feature that each of them reads.
+
+    Returns:
+        int64 ``[U]``, the token that each row is the embedding of, and ``[U]``, the feature that it is, -1 for none: in
+        the order in which tokens first read them. int64 ``[N]``, the row of each token.
+    """
+    ids = np.asarray(prompt, np.int64)
+    key = np.arange(len(ids))
+    key[ids == token] = len(ids) + assign
+    read, first, back = np.unique(key, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    feature = np.where(read >= len(ids), read - len(ids), -1)
+    return first[order], feature[order], rank[back.reshape(-1)]

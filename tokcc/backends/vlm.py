@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from tokcc.backends.generation import DecoderEngine, Generation, Sampling
 from tokcc.backends.generation.loop import Media, left_padded
 from tokcc.backends.ort import Session
 from tokcc.backends.packing import packed
-from tokcc.backends.placeholders import Chunk, expand, grid_positions
+from tokcc.backends.placeholders import Chunk, expand, grid_positions, shared_rows
 from tokcc.backends.runtime_files import stop_tokens
 from tokcc.errors import LoweringError, UsageError
+from tokcc.passes.prompt.unmerge_plan import TOKEN_ASSIGN
 
 __all__ = ["Picture", "VisionLanguage"]
 
@@ -42,11 +43,15 @@ class Picture:
 
 @dataclass(frozen=True)
 class _Features:
-    """Rows ``[rows, H]`` of one picture, the placeholders that stand for them, and what the encoder told of them."""
+    """Rows ``[rows, H]`` of one picture, the placeholders that stand for them, and what the encoder told of them.
+
+    Where the decoder attends to merged tokens one by one, `assign` says which row each placeholder reads.
+    """
 
     rows: Array
     chunks: tuple[Chunk, ...]
     told: Mapping[str, Array]
+    assign: Array | None = None
 
 
 class VisionLanguage:
@@ -81,7 +86,8 @@ class VisionLanguage:
         self.engine = DecoderEngine(self.bundle, threads=threads)
         marks = {name: f"{media.output}.{name}" for name, item in self.engine.added.items() if item.shape == ("B", "S")}
         # What a step in the encoder marks its tokens with, and one in the decoder reads.
-        self._told = {name: output for name, output in marks.items() if output in self._encoder.outputs}
+        told = {name: output for name, output in marks.items() if output in self._encoder.outputs}
+        self._told = {name: output for name, output in told.items() if output != media.assign}
         self._line_end = np.load(self.bundle.path / media.line_end) if media.line_end else None
 
     def encode(self, pictures: Sequence[Picture]) -> list[Array]:
@@ -154,16 +160,40 @@ class VisionLanguage:
         nothing = self.engine.nothing(*ids.shape)
         beside |= {name: nothing[name] for name in self._told}
         for number, own in enumerate(features):
-            if own:
+            if own and self.media.assign is None:
                 embeds[number, places[number]] = np.concatenate([item.rows for item in own])
                 for name in self._told:
                     beside[name][number, places[number]] = np.concatenate([item.told[name] for item in own])
+        if self.media.assign is not None:
+            embeds, beside[TOKEN_ASSIGN.name] = self._shared(rows, embeds, features)
         if self.media.positions == "rows":
             return rows, Media(embeds, beside=beside)
         positions = np.zeros((self.engine.position_axes, *ids.shape), np.int64)
         for number, row in enumerate(rows):
             positions[:, number, ids.shape[1] - len(row) :] = grid_positions(row, self.media.token_id, chunks[number])
         return rows, Media(embeds, positions, beside)
+
+    def _shared(
+        self, rows: Sequence[Sequence[int]], embeds: Array, features: Sequence[Sequence[_Features]]
+    ) -> tuple[Array, Array]:
+        """Return embeddings ``[B, U, H]`` that tokens share, and which one each token reads, int64 ``[B, N]``."""
+        made: list[tuple[Array, Array]] = []
+        for row, words, own in zip(rows, embeds, features, strict=True):
+            starts = np.cumsum([0, *(len(item.rows) for item in own)])
+            pairs = [(item.assign, start) for item, start in zip(own, starts, strict=False) if item.assign is not None]
+            assign = np.concatenate([np.zeros(0, np.int64), *(index + start for index, start in pairs)])
+            token, feature, read = shared_rows(row, self.media.token_id, assign)
+            values: Array = words[len(words) - len(row) :][token]
+            if own:
+                values[feature >= 0] = np.concatenate([item.rows for item in own])[feature[feature >= 0]]
+            made.append((values, read))
+        longest = max(len(values) for values, _ in made)
+        shared = np.zeros((len(made), longest, embeds.shape[2]), embeds.dtype)
+        assigned: Array = np.zeros(embeds.shape[:2], np.int64)
+        for number, (values, read) in enumerate(made):
+            shared[number, longest - len(values) :] = values
+            assigned[number, assigned.shape[1] - len(read) :] = read + longest - len(values)
+        return shared, assigned
 
     def _encode(self, pictures: Sequence[Picture]) -> list[_Features]:
         if not pictures:
@@ -182,12 +212,16 @@ class VisionLanguage:
         index = None if self.media.index is None else np.concatenate([result[self.media.index] for result in results])
         there = self._there(results, features)
         told = {name: np.concatenate([result[output] for result in results]) for name, output in self._told.items()}
+        assign = None
+        if self.media.assign is not None:
+            assign = np.concatenate([result[self.media.assign] for result in results])
         made, start = [], 0
         for picture, count in zip(pictures, counts, strict=True):
             span = slice(start, start + count)
             own = {name: values[span][there[span]] for name, values in told.items()}
             places = None if index is None else index[span]
-            made.append(self._of_picture(picture, features[span], places, there[span], own))
+            found = self._of_picture(picture, features[span], places, there[span], own)
+            made.append(found if assign is None else _reading(found, assign[span], there[span]))
             start += count
         return made
 
@@ -247,3 +281,17 @@ class VisionLanguage:
             for number, own in enumerate(there)
         )
         return _Features(features[there], chunks, told)
+
+
+def _reading(features: _Features, assign: Array, there: Array) -> _Features:
+    """Return features of which each placeholder, as many as the model was made with, reads one.
+
+    Args:
+        features: Of one picture.
+        assign: int64 ``[n, N]``: the slot that each token of a unit went to.
+        there: bool ``[n, K]``: slots that hold a feature.
+    """
+    before = np.concatenate([[0], there.sum(1).cumsum()[:-1]])
+    rank = there.cumsum(1) - 1 + before[:, None]
+    chunks = tuple(replace(chunk, rows=chunk.stock, kept=None) for chunk in features.chunks)
+    return replace(features, chunks=chunks, assign=np.take_along_axis(rank, assign, 1).reshape(-1))

@@ -35,6 +35,11 @@ def fake_result(target: Any, args: Sequence[Any]) -> torch.Tensor | None:
         return _convolved(args[0], args[1], args[3], args[4])
     if target is aten.reshape.default:
         return _reshaped(args[0], args[1])
+    if target is aten.narrow.default and not isinstance(args[3], int):
+        # What is asked for is there: torch would ask for a proof.
+        source: torch.Tensor = args[0]
+        axis = args[1] % source.ndim
+        return source.new_empty((*source.shape[:axis], args[3], *source.shape[axis + 1 :]))
     return None
 
 

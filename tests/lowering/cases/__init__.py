@@ -6,6 +6,7 @@ from tests.lowering.cases.indexing import indexing_cases
 from tests.lowering.cases.reductions import reductions_cases
 from tests.lowering.cases.shapes import shapes_cases
 from tests.lowering.cases.sizes import sizes_cases
+from tests.lowering.cases.sparse import sparse_cases
 from tests.lowering.cases.tokens import tokens_cases
 
 __all__ = ["CASES"]
@@ -19,5 +20,6 @@ CASES = [
     *sizes_cases(),
     *indexing_cases(),
     *algebra_cases(),
+    *sparse_cases(),
     *tokens_cases(),
 ]

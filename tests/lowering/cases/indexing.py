@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tests.lowering.cases.given import BOOL, INT, ROW, STATIC, X, Y, fixed, of
@@ -32,6 +34,9 @@ def indexing_cases() -> list[Case]:
             lambda b, i: b.call(aten.embedding.default, b.constant("e", fixed(7, 4)), i),
             (Input(("B", "N"), "index", 7),),
         ),
+        Case("narrow", lambda b, x: b.call(aten.narrow.default, x, 1, 1, 2), (STATIC,)),
+        Case("narrow-size", _narrowed, (X, Input((2, "N", 3)))),
+        Case("index_copy", _copied, (Input(("B", 2, 70, 3)), Input(("B", 2, "N", 3))), half=True),
         Case(
             "index_select", lambda b, x, i: b.call(aten.index_select.default, x, 1, i), (X, Input((3,), "index", "N"))
         ),
@@ -71,3 +76,14 @@ def indexing_cases() -> list[Case]:
             (X,),
         ),
     ]
+
+
+def _narrowed(b: Any, x: Any, y: Any) -> Any:
+    """As long as another tensor."""
+    return b.call(aten.narrow.default, b.cat([x, x], 1), 1, 0, b.size(y, 1))
+
+
+def _copied(b: Any, x: Any, y: Any) -> Any:
+    """Every second place, from a size on."""
+    place = b.arange(b.mul_sizes(b.size(y, 2), 2), x, step=2)
+    return b.call(aten.index_copy.default, x, 2, b.call(aten.add.Scalar, place, b.size(y, 0)), y)

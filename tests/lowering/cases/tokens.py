@@ -199,4 +199,7 @@ def tokens_cases() -> list[Case]:
         Case("greedy_select-product", greedy_of("product"), (X, scores, scores)),
         *(Case(f"recurrence-{axis}", of(ops.recurrence.default, axis), (X, Y), half=axis == 1) for axis in (0, 1, -1)),
         Case("recurrence-static", of(ops.recurrence.default, 1), (STATIC, STATIC)),
+        Case(
+            "recurrence-given", lambda b, x, y: b.call(ops.recurrence.default, x, y, 1, b.sum(y, 1)), (X, Y), half=True
+        ),
     ]

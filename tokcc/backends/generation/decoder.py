@@ -15,10 +15,13 @@ from tokcc.backends.generation.added import AddedInput, added_inputs
 from tokcc.backends.ort import Session
 from tokcc.errors import LoweringError, UsageError
 
-__all__ = ["TOKEN_BYTES", "Array", "DecoderEngine", "Past"]
+__all__ = ["SLOTS", "TOKEN_BYTES", "Array", "DecoderEngine", "Past"]
 
 TOKEN_BYTES = "tokcc.token_bytes"
 """Key of an engine's metadata: bytes of the keys and values of one token in all layers, as the model makes them."""
+
+SLOTS = "tokcc.slots"
+"""Key of an engine's metadata: tokens that its caches have slots for, which each call fills where they stay."""
 
 Array = npt.NDArray[Any]
 Past = dict[str, Array]
@@ -59,9 +62,9 @@ class _Carried:
         return self.name.replace(_PAST, _PRESENT, 1)
 
     @property
-    def slots(self) -> int:
-        """Slots before the first call: 0 where their number is free."""
-        return self.shape[2] if isinstance(self.shape[2], int) else 0
+    def first(self) -> tuple[int, ...]:
+        """Sizes behind the batch before the first call: no slots where their number is free."""
+        return (*(size if isinstance(size, int) else 0 for size in self.shape[1:-1]), self.width)
 
 
 class DecoderEngine:
@@ -92,8 +95,14 @@ class DecoderEngine:
             if name.startswith(_PAST)
         )
         for item in self._carried:
-            if len(item.shape) != 4 or not isinstance(item.shape[1], int) or not isinstance(item.width, int):
-                raise _not_a_decoder(self.path, f"`{item.name}` as [batch, heads, slots, width]", f"{list(item.shape)}")
+            state = len(item.shape) == 3  # of a scan, and as large before the first call as after it
+            if not (len(item.shape) == 4 or state) or not all(isinstance(x, int) for x in (item.shape[1], item.width)):
+                needed = f"`{item.name}` as [batch, heads, slots, width] or [batch, channels, width]"
+                raise _not_a_decoder(self.path, needed, f"{list(item.shape)}")
+        slots = metadata.get(SLOTS, "")
+        self.slots: int | None = int(slots) if slots.isdecimal() else None
+        """Tokens that there may be, padding counted, where the caches are buffers of one length. A call then writes
+        into what it was given as ``past`` and returns that; a shorter mask takes a text back to an earlier token."""
         tokens = inputs[_IDS if _IDS in inputs else _EMBEDS]
         self._embed = (
             Session(_embedding_file(self.path), threads=threads, patterns=False) if _EMBEDS in inputs else None
@@ -118,9 +127,7 @@ class DecoderEngine:
 
     def empty_past(self, batch: int) -> Past:
         """Return the cache before the first call."""
-        return {
-            item.name: np.zeros((batch, item.shape[1], item.slots, item.width), item.dtype) for item in self._carried
-        }
+        return {item.name: np.zeros((batch, *item.first), item.dtype) for item in self._carried}
 
     def nothing(self, batch: int, new: int) -> dict[str, Array]:
         """Return what stands for nothing in the inputs that the policy added."""
@@ -154,7 +161,7 @@ class DecoderEngine:
             ids: int64 ``[B, S]``: the new tokens.
             mask: int64 ``[B, T]``: 1 = real token, for all tokens so far and the new ones; padding on the left.
             positions: int64 ``[B, S]``: true positions of the new tokens, as if nothing were ever evicted.
-            past: What the call before returned, or :meth:`empty_past`.
+            past: What the call before returned, or :meth:`empty_past`; written over where there are :attr:`slots`.
             given: Values of inputs that the policy added; nothing where one is not given. Of an engine that reads
                 embeddings also ``inputs_embeds`` ``[B, S, H]``, where they are not those of the tokens.
 
@@ -162,7 +169,7 @@ class DecoderEngine:
             The logits of the last new token ``[B, V]``, and what the next call takes as ``past``.
 
         Raises:
-            UsageError: The cache is not one of this engine, or a token is not in the vocabulary.
+            UsageError: The cache is not one of this engine, it has too few slots, or a token is not in the vocabulary.
             LoweringError: The runtime fails.
         """
         logits, carried = self.read(ids, mask, positions, past, given)
@@ -181,12 +188,14 @@ class DecoderEngine:
         An engine that computes those of the last token alone gives ``[B, 1, V]``.
         """
         self._check(ids, past)
+        self.refuse_more(mask.shape[1])
         if self.position_axes > 1 and positions.ndim == 2:
             positions = np.broadcast_to(positions, (self.position_axes, *positions.shape))
         known = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         known |= self.nothing(*ids.shape)
         known |= {name: ids == item.token for name, item in self.added.items() if item.token is not None}
         known |= dict(given or {})
+        self._check_added(given or {}, len(ids), positions.shape[-1])
         if self._embed is not None and _EMBEDS not in known:
             known[_EMBEDS] = self.embed(ids)
         feeds = {
@@ -195,7 +204,10 @@ class DecoderEngine:
         }
         new = ids.shape[1]
         try:
-            results = self._session.run(feeds)
+            if self.slots is None:
+                results = self._session.run(feeds)
+            else:
+                results = self._session.run_over(feeds, {item.output: item.name for item in self._carried})
         except Exception as error:  # onnxruntime raises its own, undocumented classes
             raise LoweringError(
                 f"the engine `{self.path}` fails in a call of {new} tokens after {mask.shape[1] - new}",
@@ -213,6 +225,36 @@ class DecoderEngine:
         made: Array = self._embed.run({_IDS: np.asarray(ids, np.int64)})[_EMBEDS]
         return made
 
+    def refuse_more(self, tokens: int) -> None:
+        """Refuse a sequence that the caches have no slots for.
+
+        Raises:
+            UsageError: There are more tokens than slots.
+        """
+        if self.slots is not None and tokens > self.slots:
+            raise UsageError(
+                "the sequence has more tokens than the caches have slots",
+                needed=f"at most {self.slots}, prompt and padding counted",
+                found=str(tokens),
+                help="shorten it, or compile with a larger `kv: {layout: slots, tokens: ...}`",
+            )
+
+    def _check_added(self, given: Mapping[str, Array], batch: int, new: int) -> None:
+        for name, item in self.added.items():
+            known = {"B": batch, "S": new}
+            wanted = [known.get(size, size) if isinstance(size, str) else size for size in item.shape]
+            found = list(given[name].shape) if name in given else wanted
+            if len(found) != len(wanted) or any(
+                isinstance(want, int) and want != got for want, got in zip(wanted, found, strict=True)
+            ):
+                raise UsageError(
+                    f"`{name}` does not fit the call",
+                    node=f"input `{name}`",
+                    needed=str(wanted),
+                    found=str(found),
+                    help=item.doc,
+                )
+
     def _check(self, ids: Array, past: Mapping[str, Array]) -> None:
         if self.batch not in (None, ids.shape[0]):
             raise UsageError(
@@ -228,9 +270,9 @@ class DecoderEngine:
             )
         for item in self._carried:
             given = past.get(item.name)
-            wanted = (ids.shape[0], item.shape[1], item.shape[2], item.shape[3])
+            wanted = (ids.shape[0], *item.shape[1:])
             shape = given.shape if given is not None else ()
-            fits = len(shape) == 4 and all(
+            fits = len(shape) == len(wanted) and all(
                 not isinstance(want, int) or want == got for want, got in zip(wanted, shape, strict=True)
             )
             if given is None or not fits or given.dtype != item.dtype:

@@ -77,7 +77,8 @@ class Generator:
             An iterator over the steps.
 
         Raises:
-            UsageError: A prompt is empty, a setting is out of range, or what is given does not fit.
+            UsageError: A prompt is empty, a setting is out of range, what is given does not fit, or the engine's caches
+                have too few slots.
         """
         if not prompts or not all(len(row) for row in prompts):
             raise UsageError("a prompt is empty", needed="at least one token in every prompt")
@@ -132,6 +133,7 @@ class Generation(Iterator[tuple[int | None, ...]]):
         media: Media | None = None,
     ) -> None:
         batch, length = len(prompts), max(map(len, prompts))
+        engine.refuse_more(length + max_new_tokens - 1)  # the last one is never read
         self._engine, self._left, self._stop = engine, max_new_tokens, stop
         self._ids, self._mask = left_padded(prompts)
         self._positions = np.maximum(self._mask.cumsum(1) - 1, 0)

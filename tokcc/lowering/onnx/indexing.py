@@ -44,6 +44,32 @@ def slice_(
     )
 
 
+def narrow(t: Translator, node: fx.Node, x: Any, dim: int, start: Any, length: Any) -> Any:
+    """So many positions of an axis."""
+    del node
+    first = t.size_vector(start)
+    last = t.size_vector(length) if start == 0 else t.op("Add", first, t.size_vector(length))
+    return t.op("Slice", t.value(x), first, last, t.op.ints([dim % _rank(x)]))
+
+
+def index_copy(t: Translator, node: fx.Node, x: Any, dim: int, index: Any, source: Any) -> Any:
+    """Positions of an axis replaced. ScatterND writes rows, and in place where a runtime may."""
+    del node
+    axis = dim % _rank(x)
+    place = t.op("Reshape", t.value(index), t.op.ints([*([1] * axis), -1, 1]))
+    sizes = [t.axis(source, i) for i in range(axis + 1)]
+    shape = t.op("Concat", *sizes, t.op.ints([1]), axis=0)
+    parts = []
+    for i, size in enumerate(sizes[:-1]):
+        stop = t.op("Squeeze", size, t.op.ints([0]))
+        zero, one = (t.op.constant(n, ir_dtype(torch.int64)) for n in (0, 1))
+        number = t.op(
+            "Reshape", t.op("Range", zero, stop, one), t.op.ints([-1 if j == i else 1 for j in range(axis + 2)])
+        )
+        parts.append(t.op("Expand", number, shape))
+    return t.op("ScatterND", t.value(x), t.op("Concat", *parts, t.op("Expand", place, shape), axis=-1), t.value(source))
+
+
 def slice_scatter(
     t: Translator, node: fx.Node, x: Any, source: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Any:
@@ -185,6 +211,8 @@ def diagonal(t: Translator, node: fx.Node, x: Any, offset: int = 0, first: int =
 LOWERINGS: dict[Any, Any] = {
     aten.select.int: select,
     aten.slice.Tensor: slice_,
+    aten.narrow.default: narrow,
+    aten.index_copy.default: index_copy,
     aten.slice_scatter.default: slice_scatter,
     aten.copy.default: copy,
     aten.embedding.default: embedding,

@@ -17,12 +17,15 @@ __all__ = ["LOWERINGS"]
 assert tokcc.kernels is not None
 
 
-def recurrence(t: Translator, node: fx.Node, decay: Any, update: Any, axis: int) -> Any:
+def recurrence(t: Translator, node: fx.Node, decay: Any, update: Any, axis: int, initial: Any = None) -> Any:
     """The state is what runs from token to token; it leaves the loop once for each of them."""
     op, fake = t.op, node.meta["val"]
     place, kind = axis % fake.ndim, ir_dtype(fake.dtype)
-    first = op("Slice", t.value(update), op.ints([0]), op.ints([1]), op.ints([place]))
-    zeros = op("Mul", op("Squeeze", first, op.ints([place])), op.constant(0.0, kind))
+    if initial is None:
+        first = op("Slice", t.value(update), op.ints([0]), op.ints([1]), op.ints([place]))
+        before = op("Mul", op("Squeeze", first, op.ints([place])), op.constant(0.0, kind))
+    else:
+        before = t.value(initial)
     scope = f"{op.scope}/scan"
     state, kept, added = (
         ir.Value(name=op.unique(f"{scope}/{name}"), type=ir.TensorType(kind)) for name in ("state", "decay", "update")
@@ -32,7 +35,7 @@ def recurrence(t: Translator, node: fx.Node, decay: Any, update: Any, axis: int)
     graph = body.graph([state, kept, added], [after, body("Identity", after)], [kind, kind])
     made = op(
         "Scan",
-        zeros,
+        before,
         t.value(decay),
         t.value(update),
         outputs=2,

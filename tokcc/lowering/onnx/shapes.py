@@ -39,6 +39,19 @@ def reshape(t: Translator, node: fx.Node, x: Any, shape: Sequence[Any]) -> Any:
     return t.op("Reshape", t.value(x), t.sizes(target))
 
 
+def _flat_sizes(t: Translator, node: fx.Node, x: Any, target: Sequence[int]) -> Any:
+    """Return the sizes of a flatten with several symbolic axes: those that it only moves are read from its source."""
+    known = {str(size): axis for axis, size in enumerate(x.meta["val"].shape) if not isinstance(size, int)}
+    wanted: list[Any] = list(target)
+    for i, size in enumerate(node.meta["val"].shape):
+        if wanted[i] == -1 and str(size) in known:
+            wanted[i] = t.axis(x, known[str(size)])
+    if wanted.count(-1) > 1:
+        raise LoweringError("a flatten over several symbolic axes", node=node.name)
+    parts = [t.op.ints([size]) if isinstance(size, int) else size for size in wanted]
+    return t.op("Concat", *parts, axis=0)
+
+
 def flatten(t: Translator, node: fx.Node, x: Any, *rest: Any) -> Any:
     """``flatten`` and ``unflatten`` by the shape of their result."""
     del rest
@@ -48,7 +61,7 @@ def flatten(t: Translator, node: fx.Node, x: Any, *rest: Any) -> Any:
         if not isinstance(size, int) and i < len(source) and str(source[i]) == str(size):
             target[i] = 0
     if target.count(-1) > 1:
-        raise LoweringError("a flatten over several symbolic axes", node=node.name)
+        return t.op("Reshape", t.value(x), _flat_sizes(t, node, x, target))
     return t.op("Reshape", t.value(x), t.op.ints(target))
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from tokcc.lowering.onnx import (
     algebra,
+    block_sparse_attention,
+    branches,
     cache,
     cached_attention,
     elementwise,
@@ -38,6 +40,8 @@ def lowerings() -> dict[Any, Any]:
         subset,
         cache,
         cached_attention,
+        block_sparse_attention,
+        branches,
         recurrence,
         sampling,
     )

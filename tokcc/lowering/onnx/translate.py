@@ -16,6 +16,7 @@ from tokcc.errors import LoweringError
 from tokcc.ir.program import Program
 from tokcc.lowering.onnx.pass_through import Passages
 from tokcc.lowering.onnx.recorder import Recorder
+from tokcc.lowering.onnx.sinking import sink
 
 __all__ = ["IR_VERSIONS", "Translator", "ir_dtype", "translate"]
 
@@ -59,6 +60,7 @@ class Translator:
         self.table = table
         self.op = Recorder(opset)
         self.passages = Passages()
+        self.choices: list[ir.Node] = []
         self.env: dict[fx.Node, Any] = {}
         self._lazy: dict[fx.Node, tuple[str, torch.Tensor]] = {}
         self._axes: dict[Any, Any] = {}
@@ -191,6 +193,7 @@ class Translator:
             name="tokcc",
         )
         graph.sort()
+        sink(graph, self.choices)
         return ir.Model(graph, ir_version=IR_VERSIONS[self.op.opset], producer_name="tokcc")
 
     def _call(self, node: fx.Node) -> Any:
