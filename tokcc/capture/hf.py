@@ -16,6 +16,7 @@ from torch import nn
 
 from tokcc.capture.hf_decoder import CausalDecoder, decoder_dynamic, decoder_inputs
 from tokcc.capture.hf_inputs import default_dynamic, default_specs, example_inputs, wrap
+from tokcc.capture.hf_state_space import StateSpaceDecoder, is_state_space, state_space_dynamic, state_space_inputs
 from tokcc.capture.hf_tasks import Task, choose_task, model_class
 from tokcc.capture.inputs import InputSpec, describe
 from tokcc.capture.loaded import Loaded
@@ -149,13 +150,14 @@ def _gguf_argument(name: str | None) -> dict[str, str]:
 
 
 def _decoder(folder: Path, model: nn.Module, config: Any, dtype: torch.dtype, task: Task) -> Loaded:
-    """A causal language model with its cache as inputs and outputs."""
-    inputs = decoder_inputs(model, config, dtype)
+    """A causal language model with its cache, or its states, as inputs and outputs."""
+    states = is_state_space(config)
+    inputs = state_space_inputs(model, config, dtype) if states else decoder_inputs(model, config, dtype)
     return Loaded(
         source=str(folder),
-        module=CausalDecoder(model).eval(),
+        module=(StateSpaceDecoder(model) if states else CausalDecoder(model)).eval(),
         example_kwargs=inputs,
-        dynamic_shapes=decoder_dynamic(inputs),
+        dynamic_shapes=state_space_dynamic(inputs) if states else decoder_dynamic(inputs),
         task=task.name,
         preprocessor=preprocessor_in(folder),
     )

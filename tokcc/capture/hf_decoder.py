@@ -141,7 +141,8 @@ def cache_shapes(result: Any) -> list[tuple[torch.Size, torch.Size]]:
             "the model has no key-value cache in every layer",
             needed="a decoder whose layers cache keys and values",
             found=type(getattr(result, "past_key_values", None)).__name__,
-            help="state-space and hybrid models are not supported; compile their parts through a factory",
+            help="hybrid models, and state-space models other than Mamba, are not supported; compile their parts"
+            " through a factory",
         )
     return shapes
 

@@ -1,0 +1,1 @@
+"""What happens to the scans of state-space decoders: which tokens a state takes in."""

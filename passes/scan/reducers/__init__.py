@@ -1,0 +1,1 @@
+"""Pieces that say what a scan does with the other tokens."""

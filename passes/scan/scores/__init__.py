@@ -1,0 +1,1 @@
+"""Pieces that rate the tokens of a scan, channel by channel."""

@@ -1,0 +1,1 @@
+"""Pieces that choose the tokens that a state takes in, channel by channel."""
