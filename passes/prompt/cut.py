@@ -1,4 +1,4 @@
-"""What the pieces of prompt steps work with: the stream of a decoder between two layers, in the first call."""
+"""What the pieces of prompt steps work with: the stream of a decoder between layers, in the first call."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class PromptCut:
     Attributes:
         b: The builder.
         x: The stream, ``[B, N, C]``.
-        layer: 0-based: the cut is behind its attention, or behind it.
+        layer: 0-based: the cut is behind its attention, or behind it; -1 = in front of the first layer.
         num_layers: Depth of the model.
         tokens: N (int or size handle).
         kept: K.
@@ -85,7 +85,7 @@ class PromptCut:
         padding_first: Padding goes before anything else; otherwise it stays where it is.
         present: How many candidates a prompt has at this cut; None = unknown when compiling.
         remaining: How many of them stay, those that are put in the place of others not counted; None likewise.
-        before: Layer of the cut before this one, -1 for the first.
+        before: Layer of the cut before this one, -1 for none or one in front of the first layer.
         facts: What is known of every token, ``[B, N, ...]`` by name: later cuts find it for the tokens that are left.
         attention: Returns a layer's attention over the current tokens alone: ``attention(layer)``.
         probe: Returns the next layer's attention as it would be if nothing were dropped: ``probe(rows)`` with int64

@@ -1,4 +1,4 @@
-"""What happens to the prompt between two layers."""
+"""What happens to the prompt between two layers, or in front of the first."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tokcc.passes.inputs import EngineInput
 from tokcc.passes.prompt.piece import PromptReducer, PromptScore, PromptSelector
 from tokcc.passes.prompt.refill_plan import RefillPlan
 from tokcc.passes.prompt.segments import Segment
+from tokcc.passes.prompt.unmerge_plan import UnmergePlan
 
 __all__ = ["PlannedPrune", "PromptPlan"]
 
@@ -24,7 +25,7 @@ class PlannedPrune:
 
     Attributes:
         step: Index of the policy's step.
-        layer: 0-based: the cut is in this layer, and the layers behind it see fewer tokens.
+        layer: 0-based: the cut is in this layer, behind it, or in front of it.
         name: Preset or node kind, for labels.
         where: Place in the policy.
         site: Which cut of the layer.
@@ -59,6 +60,11 @@ class PlannedPrune:
     reduce: PromptReducer
 
     @property
+    def behind(self) -> int:
+        """The last layer that sees all the tokens, -1 for none: the layers behind it see fewer."""
+        return self.layer - (self.site == "block_input")
+
+    @property
     def remaining(self) -> int | None:
         """How many candidates stay; None = unknown when compiling."""
         if self.present is None or self.removed is None:
@@ -76,6 +82,7 @@ class PromptPlan:
         cuts: The stream of the decoder.
         inputs: What engines take beside the model's own inputs.
         refill: Where old entries stand for the tokens that go, or None.
+        unmerge: Where several tokens read one row of the stream, and attention runs over the tokens, or None.
     """
 
     prunes: tuple[PlannedPrune, ...]
@@ -83,18 +90,19 @@ class PromptPlan:
     cuts: DecoderCuts
     inputs: tuple[EngineInput, ...] = ()
     refill: RefillPlan | None = None
+    unmerge: UnmergePlan | None = None
 
     def stage(self, layer: int) -> int:
         """Return how many cuts lie in front of a layer's attention: layers of one stage see the same tokens."""
-        return sum(prune.layer < layer for prune in self.prunes if not prune.reduce.refills)
+        return sum(prune.behind < layer for prune in self.prunes if not prune.reduce.refills)
 
     def refills(self, layer: int) -> bool:
         """Whether old entries stand for tokens that do not come to a layer."""
-        return any(prune.layer < layer for prune in self.prunes if prune.reduce.refills)
+        return any(prune.behind < layer for prune in self.prunes if prune.reduce.refills)
 
     def gone(self, layer: int) -> int:
         """Return how many real tokens of every prompt never come to a layer, where padding stays."""
-        return sum(prune.removed or 0 for prune in self.prunes if prune.layer < layer)
+        return sum(prune.removed or 0 for prune in self.prunes if prune.behind < layer)
 
     @property
     def padding_first(self) -> bool:
@@ -117,11 +125,13 @@ class PromptPlan:
         return max([self.needed, *stops, *tokens], default=0) + 1
 
     def dressed(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the inputs of a first call that say which tokens belong to the segments.
+        """Return the inputs of a first call that say which tokens belong to the segments, or which share a row.
 
         Args:
             feeds: The inputs of a call of at least :attr:`shortest` real tokens in every row, with its mask.
         """
+        if self.unmerge is not None:
+            return self.unmerge.dressed(feeds)
         mask = feeds["attention_mask"]
         place = mask.cumsum(1) - 1
         named = [segment for segment in self.segments if segment.start is None]

@@ -146,27 +146,32 @@ def _plan_step(policy: LoadedPolicy, number: int, step: Step, cuts: DecoderCuts,
     try:
         layers = step.at.resolve(num_layers)
     except ValueError as error:
+        front = step.at.site == "block_input"
         raise PlanError(
             str(error),
             policy=policy.where(("steps", number, "at", "layers")),
-            needed=f"layers between 0 and {num_layers - 2}: the model has {num_layers}, and the cut is behind a layer",
+            needed=f"layers between 0 and {num_layers - 1 - (not front)}: the model has {num_layers}, and the cut is "
+            + ("in front of a layer" if front else "behind a layer"),
             help="`tokcc inspect MODEL` lists the layers",
         ) from error
-    if step.at.site not in ("block_output", "after_attention"):
+    sites = {
+        "block_input": (cuts.entry.node, *cuts.block_output[:-1]),
+        "after_attention": cuts.after_attention,
+        "block_output": cuts.block_output,
+    }
+    if step.at.site not in sites:
         raise PlanError(
-            "a decoder's prompt is cut between its layers",
+            "a decoder's prompt is cut between its layers, or in front of them",
             policy=place,
-            needed="`site: block_output` or `site: after_attention`",
-            help="what comes in front of the first layer is reduced in the encoder: runtimes count positions by the"
-            " cache of the first layer",
+            needed="`site: " + "`, `site: ".join(sites) + "`",
+            help="what an encoder makes is reduced there: `part: encoder`",
         )
     counts = planned_counts(policy, number, step, layers, num_layers)
     score, select, reduce = _pieces(policy, number, step)
     result = []
     for layer, count in zip(layers, counts, strict=True):
-        names = cuts.after_attention if step.at.site == "after_attention" else cuts.block_output
-        name = names[layer]
-        if layer == num_layers - 1:
+        name = sites[step.at.site][layer]
+        if layer == num_layers - 1 and step.at.site != "block_input":
             raise PlanError(
                 f"no layer is behind layer {layer}: nothing would get shorter",
                 policy=place,
@@ -298,7 +303,7 @@ def _refuse(
             help="export the decoder with a mask of dynamic length",
         )
     for prune in prunes:
-        sliding = [layer for layer, window in enumerate(windows) if window and layer > prune.layer]
+        sliding = [layer for layer, window in enumerate(windows) if window and layer > prune.behind]
         if sliding:
             raise PlanError(
                 f"layers {', '.join(map(str, sliding))} see a sliding window of the prompt",
@@ -326,11 +331,10 @@ def _refuse(
 
 def _refuse_compact(policy: LoadedPolicy, program: Program, sites: Sequence[CacheSite], prune: PlannedPrune) -> None:
     place = policy.where(("steps", prune.step, "positions"))
-    if prune.removed is None:
+    if prune.reduce.refills:
         raise PlanError(
-            "positions can be counted anew only where a fixed number of tokens goes",
+            "positions are not counted anew where old entries stand for tokens: none is gone",
             policy=place,
-            needed="a segment of the prompt with a known number of tokens",
             help="use `positions: keep`",
         )
     nodes: dict[str, fx.Node] = {node.name: node for node in program.graph.nodes}
@@ -343,7 +347,7 @@ def _refuse_compact(policy: LoadedPolicy, program: Program, sites: Sequence[Cach
             found=f"{axes[0]} axes" if axes else "no positions",
             help="use `positions: keep`: images have rows and columns, of which a count knows nothing",
         )
-    for site in sites[prune.layer + 1 :]:
+    for site in sites[prune.behind + 1 :]:
         if find_rotation(program, nodes[site.query]) is None:
             raise PlanError(
                 f"the positions of layer {site.layer} cannot be counted anew",

@@ -37,7 +37,7 @@ def prompt_actions(plan: PromptPlan, *, restored: bool) -> dict[str, list[Action
     for prune in plan.prunes:
         actions.setdefault(prune.cut, []).append(_Recompute(prune) if prune.reduce.refills else _Prune(prune))
     end = plan.cuts.block_output[-1]
-    if restored and end is not None:
+    if (restored or plan.unmerge is not None) and end is not None:
         actions.setdefault(end, []).append(GiveBack())
     return actions
 
@@ -67,7 +67,7 @@ class _Prune:
         cut = PromptCut(
             b=b,
             x=value.handle,
-            layer=planned.layer,
+            layer=planned.behind,
             num_layers=len(walk.sites),
             tokens=tokens,
             kept=None,
@@ -77,11 +77,11 @@ class _Prune:
             padding_first=walk.plan.padding_first,
             present=planned.present,
             remaining=planned.remaining,
-            before=max((other.layer for other in walk.plan.prunes if other.layer < planned.layer), default=-1),
+            before=max((other.behind for other in walk.plan.prunes if other.behind < planned.behind), default=-1),
             attention=lambda layer: _own(walk, layer),
             probe=lambda rows: _probe(walk, node, value, planned, rows),
             branch=lambda layer, kind: _branch(walk, layer, kind),
-            entry=lambda: _entry(walk),
+            entry=lambda: _entry(walk, node, value),
             input=lambda name, dtype: _input(walk, name, dtype),
             fail=walk.ctx.fail,
             facts=walk.facts,
@@ -159,11 +159,19 @@ class _Prune:
         """Tell the layers behind the cut which tokens are left."""
 
     def _places(self, walk: PromptStream) -> Any:
-        """Return the place of every token of the call among the real ones that its layers see, int64 ``[B, N]``."""
+        """Return the place of every token of the call among the real ones that its layers see, int64 ``[B, N]``.
+
+        Of a share or a number of a whole prompt it is not known how many have gone: what a cache behind the cut holds
+        of the prompt says it, for padding goes first.
+        """
         b = walk.builder
         mask = b.cast(walk.handle(walk.nodes[walk.mask_name]), torch.int64)
         before = b.sum(b.slice(mask, 1, 0, walk.split), 1, keepdim=True)
-        before = b.call(aten.clamp_min.default, b.sub(before, walk.gone), 0)
+        if self.planned.removed is None:
+            held = b.size(walk.handle(walk.nodes[walk.sites[self.planned.behind + 1].past_key]), 2)
+            before = b.sub(before, b.call(aten.clamp_min.default, b.sub(before, held), 0))
+        else:
+            before = b.call(aten.clamp_min.default, b.sub(before, walk.gone), 0)
         rank = b.sub(b.call(aten.cumsum.default, b.cast(walk.facts["real"], torch.int64), 1), 1)
         return b.call(aten.clamp_min.default, b.add(rank, before), 0)
 
@@ -235,6 +243,7 @@ def _view(walk: PromptStream, layer: int, query: Any, key: Any, value: Any) -> C
 
 
 def _own(walk: PromptStream, layer: int) -> CacheCut:
+    _refuse_none(walk, layer)
     site = walk.sites[layer]
     values = [walk.aligned(walk.nodes[name]) for name in (site.query, site.new_key, site.new_value)]
     return _view(walk, layer, *(value.handle for value in values))
@@ -242,8 +251,8 @@ def _own(walk: PromptStream, layer: int) -> CacheCut:
 
 def _probe(walk: PromptStream, node: fx.Node, value: Value, planned: PlannedPrune, rows: Any) -> CacheCut:
     """Return the attention of the next layer over the tokens that are still there, some queries of it."""
-    b, layer = walk.builder, planned.layer + 1
-    if planned.site != "block_output":
+    b, layer = walk.builder, planned.behind + 1
+    if planned.site == "after_attention":
         walk.ctx.fail(
             "the next layer reads what leaves this one",
             needed="`site: block_output`",
@@ -274,12 +283,24 @@ def _probe(walk: PromptStream, node: fx.Node, value: Value, planned: PlannedPrun
 
 
 def _branch(walk: PromptStream, layer: int, kind: str) -> Branch:
+    _refuse_none(walk, layer)
     nodes = find_branch(walk.program, walk.sites, walk.plan.cuts, layer, kind)
     given, made, hidden = (walk.aligned(node).handle for node in nodes)
     return Branch(given, made, hidden)
 
 
-def _entry(walk: PromptStream) -> Any:
+def _refuse_none(walk: PromptStream, layer: int) -> None:
+    if layer < 0:
+        walk.ctx.fail(
+            "the method reads a layer in front of the cut, and there is none",
+            needed="a method that reads the layer behind it, or numbers that are given",
+            help="cut behind a layer: `site: block_output`",
+        )
+
+
+def _entry(walk: PromptStream, node: fx.Node, value: Value) -> Any:
+    if node.name == walk.plan.cuts.entry.node:
+        return value.handle  # it is being made
     return walk.aligned(walk.nodes[walk.plan.cuts.entry.node]).handle
 
 

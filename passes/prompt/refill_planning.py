@@ -73,14 +73,21 @@ def plan_refill(
             policy=prune.where,
             help="leave `protect` out",
         )
+    if prune.behind < 0:
+        raise PlanError(
+            "old entries are compared in a layer, and no layer is in front of the first",
+            policy=prune.where,
+            needed="a cut behind a layer",
+            help="use `site: block_output`",
+        )
     _refuse_outputs(policy, program, sites, prune)
     nodes = {node.name: node for node in program.graph.nodes}
     _refuse_positions(program, prune)
     entries: dict[tuple[int, str], EngineInput] = {}
     turns = {}
     for part in prune.score.reads_old if prune.score is not None else ():
-        entries[prune.layer, part] = _entry(nodes, sites[prune.layer], part)
-    for site in sites[prune.layer + 1 :]:
+        entries[prune.behind, part] = _entry(nodes, sites[prune.behind], part)
+    for site in sites[prune.behind + 1 :]:
         for part in ("key", "value"):
             entries[site.layer, part] = _entry(nodes, site, part)
         rotation = find_rotation(program, nodes[site.new_key])

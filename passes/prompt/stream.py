@@ -17,6 +17,8 @@ from tokcc.ir.value import Value, untagged
 from tokcc.passes.prompt.plan import PromptPlan
 from tokcc.passes.prompt.refill import Refill
 from tokcc.passes.prompt.segments import belongs
+from tokcc.passes.prompt.unmerge_plan import TOKEN_ASSIGN
+from tokcc.passes.prompt.unmerging import Unmerged
 
 __all__ = ["PromptStream"]
 
@@ -52,6 +54,8 @@ class PromptStream(Walk):
         """Real tokens of every prompt that have gone, where padding stays."""
         self.refill: Refill | None = None
         """What the caches of the layers behind a cut are filled up with."""
+        self.unmerged: Unmerged | None = None
+        """Which rows of the stream stand for which tokens, where attention runs over the tokens."""
         self.mask_name = attention_mask
         self._mask = self.nodes[attention_mask]
         self._positions = next((node for node in program.user_inputs if "position" in node.name), None)
@@ -61,11 +65,15 @@ class PromptStream(Walk):
 
     def hold(self, node: fx.Node, handle: Any) -> None:
         """Take in a placeholder."""
-        self.ctx.node = node
-        if isinstance(node.meta.get("val"), torch.Tensor):
-            self.env[node] = self._after(node, untagged(handle, self.old_shape(node)))
-        else:
-            self.env[node] = handle
+        value = node.meta.get("val")
+        self.env[node] = untagged(handle, self.old_shape(node)) if isinstance(value, torch.Tensor) else handle
+
+    def begin(self) -> None:
+        """Go on from the placeholders: the stream may begin with one of them, and a cut there reads the others."""
+        for node in list(self.env):
+            self.ctx.node = node
+            if isinstance(self.env[node], Value):
+                self.env[node] = self._after(node, self.env[node])
 
     def visit(self, node: fx.Node) -> Any:
         """Emit a node in the form that its operands ask for, and return its handle."""
@@ -118,6 +126,27 @@ class PromptStream(Walk):
                 if factor.space is not None and not factor.space.is_batch and factor.space is not self.space:
                     value = self.ctx.remap(value, axis, place, self.space, None)
         return value
+
+    def _enter(self, value: Value) -> Value:
+        """Take the stream for the call's tokens, or for rows that they share."""
+        value = super()._enter(value)
+        root, b = self.tokens, self.builder
+        if self.plan.unmerge is None or root is None:
+            return value
+        assert self._positions is not None
+        assert self.entry is not None
+        rows, root.size = root.size, b.size(self.handle(self._positions), -1)
+        self.look()
+        with b.inserting("unmerge"):
+            self.unmerged = Unmerged.of(b, self.input(TOKEN_ASSIGN.name, torch.int64), rows, self.facts["real"])
+            self._space = self.unmerged.space(b, root)
+        axes = list(value.axes)
+        axes[self.entry.token_axis] = (Factor(self._space, root.old),)
+        return value.having(axes=tuple(axes))
+
+    def _pattern(self, node: fx.Node) -> fx.Node | None:
+        # In front of the stream's entry rows are not as many as in the graph that was captured.
+        return None if self.plan.unmerge is not None and self.tokens is None else super()._pattern(node)
 
     # the tokens -------------------------------------------------------------------------------------------------------
 

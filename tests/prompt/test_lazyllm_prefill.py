@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pytest
+
 from tests.prompt.engine import PROMPT, compare, policy
 from tests.prompt.oracle import Cut, Rule, Seen
 from tests.prompt.rules import best
@@ -27,6 +29,8 @@ def lengths(prompt: int) -> list[int]:
     return [*found, *(math.ceil(share * (prompt - 1) - 1e-9) + 1 for share in SHARES.values())]
 
 
-def test_equals_the_formula(tmp_path: Path) -> None:
+@pytest.mark.parametrize("positions", ["keep", pytest.param("compact", marks=pytest.mark.slow)])
+def test_equals_the_formula(positions: str, tmp_path: Path) -> None:
     cuts = [Cut(layer, rule(share)) for layer, share in SHARES.items()]
-    compare("llama", policy([{"preset": "lazyllm-prefill"}]), lambda: cuts, tmp_path, lengths=lengths)
+    wanted = policy([{"preset": "lazyllm-prefill", "positions": positions}])
+    compare("llama", wanted, lambda: cuts, tmp_path, lengths=lengths, compact=positions == "compact")

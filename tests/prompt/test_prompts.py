@@ -203,7 +203,6 @@ REFUSED: list[tuple[dict[str, Any], type[TokccError], str]] = [
     ),
     (policy([{"preset": "adaptinfer", "layers": [1], "tokens": [3], "protect": {"segment": "words"}}]), PolicyError,
      "no segment `words`"),
-    (policy([{"preset": "lazyllm-prefill", "positions": "compact"}]), PlanError, "fixed number of tokens"),
     (policy([{"preset": "lazyllm-prefill", "budget": {"remove": 3}}]), PlanError, "different lengths"),
     (visual_policy({"preset": "fastv", "score": {"kind": "last_rows"}}), PolicyError, "unknown"),
     (
