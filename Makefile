@@ -6,10 +6,12 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTHON := .venv/bin/python
 JOBS ?= 2
-EXTRAS := cpu,hf,report,openvino,dev
+EXTRAS := cpu,hf,report,openvino,triton,dev
 READY := .venv/.tokcc-ready
+# A machine with a GPU has a torch of its own.
+GPU_PYTHON ?= python3
 
-.PHONY: help setup demo test test-all lint format typecheck imports bench constraints clean
+.PHONY: help setup demo test test-all lint format typecheck imports bench gpu-check constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -47,6 +49,9 @@ imports: $(READY) ## the layers point one way
 
 bench: $(READY) ## accuracy of compiled engines on real data (long; results go to benchmarks/results)
 	$(PYTHON) benchmarks/accuracy.py $(ARGS)
+
+gpu-check: ## every Triton kernel on the GPU that is there: results and speed (GPU_PYTHON=its interpreter)
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 constraints: $(READY) ## write constraints.txt from what is installed
 	$(PYTHON) tools/constraints.py

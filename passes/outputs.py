@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from tokcc.analysis.restoring import restore
+from tokcc.analysis.restoring import own_assign, restore
 from tokcc.analysis.walk import Walk
 from tokcc.config import Rows
 from tokcc.errors import PlanError
@@ -162,7 +162,7 @@ def _maps(walk: Walk, name: str, value: Value, *, whole: str | None) -> list[tup
                 # The caller of a model without a mask cannot know which slots hold a token.
                 counted = space.valid is not None and space.root.real is None
                 valid = [(f"{name}.token_valid", space.valid)] if counted else []
-                if all(step.assign is not None for step in space.chain[1:]):
+                if all((step.tail_of or (step,))[0].assign is not None for step in space.chain[1:]):
                     return [(f"{name}.token_assign", _assign(walk, space)), *valid]
                 return [(f"{name}.token_index", _per_sample(walk, walk.ctx.index_between(space.root, space))), *valid]
     return []
@@ -214,6 +214,6 @@ def _per_sample(walk: Walk, index: Any) -> Any:
 def _assign(walk: Walk, space: TokenSpace) -> Any:
     composed: Any = None
     for step in space.chain[1:]:
-        own = step.assign(walk.ctx) if callable(step.assign) else step.assign
+        own = own_assign(walk.ctx, step)
         composed = own if composed is None else walk.builder.gather(own, 1, composed)
     return composed

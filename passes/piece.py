@@ -24,14 +24,21 @@ __all__ = [
     "Reducer",
     "Score",
     "Selector",
+    "other_piece",
     "parts_of",
     "pieces",
     "resolve_piece",
     "scores_of",
+    "written_out",
 ]
 
 
-_USES = {"": "encoders", "prompt": "prompts of decoders", "cache": "caches of decoders"}
+_USES = {
+    "": "encoders",
+    "prompt": "prompts of decoders",
+    "cache": "caches of decoders",
+    "sparse": "sparse attention of decoders",
+}
 """What pieces are for, by where their folders lie."""
 
 
@@ -189,6 +196,24 @@ def parts_of(*given: Piece | None) -> Iterator[Piece]:
             yield from parts_of(*(part for part in own if isinstance(part, Piece)))
 
 
+def written_out(piece: Piece, but: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a piece as a policy writes it, with the pieces that are parameters of it.
+
+    Args:
+        piece: The piece.
+        but: Parameters that are left out.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Piece):
+            return written_out(value)
+        return [plain(part) for part in value] if isinstance(value, tuple) else value
+
+    own = {name: plain(value) for name, value in piece if name not in but}
+    pure = piece.model_dump(mode="json", include={name for name, value in own.items() if value == getattr(piece, name)})
+    return {"kind": piece.kind, **own, **pure}
+
+
 def _elsewhere(kind: str, folder: str) -> str | None:
     """Return what pieces of this kind are for, if they are no part of this folder but of one like it."""
     own, _, group = folder.rpartition(".")
@@ -198,7 +223,7 @@ def _elsewhere(kind: str, folder: str) -> str | None:
     return next((_USES[other] for other in others if kind in pieces(f"{other}.{group}".lstrip("."))), None)
 
 
-def _other(base: type[Piece], folder: str) -> BeforeValidator:
+def other_piece(base: type[Piece], folder: str) -> BeforeValidator:
     """Let a parameter be a piece, or what a policy writes for one."""
 
     def validated(value: Any, info: ValidationInfo) -> Any:
@@ -208,10 +233,10 @@ def _other(base: type[Piece], folder: str) -> BeforeValidator:
     return BeforeValidator(validated)
 
 
-OtherScore = Annotated[Score, _other(Score, "scores")]
+OtherScore = Annotated[Score, other_piece(Score, "scores")]
 """A parameter of a piece that is a score, beside the step's own: ``by: {kind: attention_received, layer: 8}``."""
 
-OtherReducer = Annotated[Reducer, _other(Reducer, "reducers")]
+OtherReducer = Annotated[Reducer, other_piece(Reducer, "reducers")]
 """A parameter of a reducer that is another one, whose tokens it goes on with."""
 
 

@@ -107,12 +107,19 @@ def _plan_step(
             needed="a decoder that takes its past keys and values as inputs and returns them, grown",
             help="compile a causal language model (`--task text-generation`), or use a `prune` or `merge` step",
         )
-    if step.at.part == "decoder":
+    if step.at.part == "decoder" or step.node == "unmerge":
         raise PlanError(
             "the step is for a decoder's prompt, and the model has no key-value cache",
             policy=policy.where(("steps", number, "at")),
             needed="a decoder that takes its past keys and values as inputs and returns them, grown",
             help="compile a causal language model (`--task text-generation`), or leave `part: decoder` out",
+        )
+    if step.node == "filter_scan":
+        raise PlanError(
+            "the model carries no states from call to call whose scans could be filtered",
+            policy=policy.where(("steps", number, "node")),
+            needed="a state-space language model (Mamba)",
+            help="compile one (`--task text-generation`), or use a `prune` or `merge` step",
         )
     if step.node not in ("prune", "merge"):
         raise PlanError(

@@ -1,9 +1,9 @@
 """Trained pieces: weights from a safetensors file that the policy names, which become constants of the program.
 
 A piece says which tensors it needs, with shapes in numbers and symbols. Symbols of the model (``C`` its width,
-``heads``, ``head_width``, ``layers``, ``stages`` the layers that the step chooses, ``K`` the kept tokens) are known
-beforehand; any other symbol, such as the width of a hidden layer, is what the file says, the same in all tensors of the
-piece.
+``heads``, ``head_width``, ``layers``, ``stages`` the layers that the step chooses, ``K`` the kept tokens; of a decoder
+``heads`` are key heads, and sparse attention has ``query_heads``, too) are known beforehand; any other symbol, such as
+the width of a hidden layer, is what the file says, the same in all tensors of the piece.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -75,6 +75,11 @@ class Trained(Piece):
         weights: A ``.safetensors`` file; a relative path counts from the policy's file.
         names: What the file calls a tensor, where it is not the piece's own name.
     """
+
+    made: ClassVar[str] = "trained"
+    """How the weights come about."""
+    advice: ClassVar[str | None] = None
+    """What to do without them."""
 
     weights: str | None = None
     names: dict[str, str] = Field(default_factory=dict)
@@ -194,10 +199,10 @@ def with_weights(piece: T, sizes: Mapping[str, int], *, folder: Path | None, whe
         raise PolicyError(f"`{piece.kind}` needs no weights as it is set up", policy=where, found=piece.weights)
     if piece.weights is None:
         raise PolicyError(
-            f"`{piece.kind}` is trained, and no weights are given",
+            f"`{piece.kind}` is {piece.made}, and no weights are given",
             policy=where,
             needed="`weights: FILE.safetensors` with " + ", ".join(map(str, specs)),
-            help=_known(sizes, specs),
+            help=piece.advice or _known(sizes, specs),
         )
     reading = _Reading(piece, dict(sizes), weight_file(piece.weights, folder), where, specs)
     read: Any = piece.having(dict(reading.run()))

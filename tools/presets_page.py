@@ -20,7 +20,7 @@ PAGE = "docs/presets.md"
 METHODS = ROOT / "passes" / "methods"
 RESULTS = ROOT / "benchmarks" / "results"
 MATRIX = RESULTS / "contract_matrix.json"
-ORACLES = ("tests/passes/methods", "tests/decoders/methods", "tests/prompt")
+ORACLES = ("tests/passes/methods", "tests/decoders/methods", "tests/prompt", "tests/sparse/methods")
 """Folders of the tests that compare a method with a brute force of its paper."""
 
 _INTRO = """# The presets
@@ -41,6 +41,8 @@ _SECTIONS = (
     ("Tokens inside and behind encoders", "encoder"),
     ("Tokens of a decoder's prompt", "prompt"),
     ("Caches of decoders", "cache"),
+    ("Sparse attention of decoders", "sparse"),
+    ("Scans of state-space decoders", "scan"),
 )
 _LABELS = ("engine", "method", "preset", "how")
 """Keys of a result's rows that say what was measured."""
@@ -70,7 +72,8 @@ def _architectures(every: Mapping[str, Preset]) -> str:
         rows.append([f"`{model}`", f"{len(runs)} of {len(runs) + len(refused)}", ", ".join(refused) or "-"])
     return (
         f"## Architectures ({len(rows)})\n\nWhat the [contract matrix]({_link(MATRIX)}) has of each; `@dynamic` is "
-        "with symbolic batch and\nlength. A method for encoders fits no decoder, and the other way round.\n\n"
+        "with symbolic batch and\nlength. A method for encoders fits no decoder, and the other way round; one for "
+        "scans fits state-space\ndecoders alone.\n\n"
         f"{table(['architecture', 'run', 'refused'], rows)}\n"
     )
 
@@ -157,10 +160,15 @@ def _presets_of(value: Any) -> Iterator[str]:
 
 
 def kind_of(preset: Preset) -> str:
-    """Return what a preset is for: `encoder`, `prompt` or `cache`."""
+    """Return what a preset is for: `encoder`, `prompt`, `cache`, `sparse` or `scan`."""
+    if "filter_scan" in preset.nodes:
+        return "scan"
+    if "sparse_attention" in preset.nodes:
+        return "sparse"
     if any(node in ("evict_kv", "store_kv") for node in preset.nodes):
         return "cache"
-    return "prompt" if any(step.get("at", {}).get("part") == "decoder" for step in preset.steps) else "encoder"
+    of_prompt = any(step["node"] == "unmerge" or step.get("at", {}).get("part") == "decoder" for step in preset.steps)
+    return "prompt" if of_prompt else "encoder"
 
 
 def _row(preset: Preset, every: Mapping[str, Preset]) -> list[str]:

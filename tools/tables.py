@@ -188,6 +188,33 @@ def _vlm_speed(result: dict[str, Any]) -> str:
     return f"{table(head, body)}\n\n{result['rounds']} rounds, load average {load}. {_where(result)}"
 
 
+def _sparse_speed(result: dict[str, Any]) -> str:
+    """Methods by rows, lengths side by side: speed-up over our own dense engine, and what the perplexity becomes."""
+    found = {(row["method"], row["context"]): row for row in result["rows"]}
+    contexts = sorted({context for _, context in found})
+    body = []
+    for method in dict.fromkeys(method for method, _ in found):
+        even = result["break_even"].get(method)
+        cells = [
+            f"*{method}*" if method in ("none", "plain export") else f"`{method}`",
+            "-" if even is None else str(even),
+        ]
+        for context in contexts:
+            row = found.get((method, context), {})
+            ratio, loss = row.get("speedup"), row.get("perplexity")
+            dense = found.get(("none", context), {}).get("perplexity")
+            cells.append("-" if ratio is None else f"{ratio['median']:.2f}x ({ratio['p25']:.2f}-{ratio['p75']:.2f})")
+            change = f" ({loss / dense - 1:+.1%})" if loss and dense and method != "none" else ""
+            cells.append(f"{loss:.2f}{change}" if loss else "-")
+        body.append(cells)
+    head = ["method", "break-even"]
+    for context in contexts:
+        head += [f"{context}: speed-up", f"{context}: perplexity"]
+    load = result["environment"].get("load_average_1min")
+    busy = f" Load of the machine before: {load:.1f}." if load is not None else ""
+    return f"{table(head, body)}\n\n{result['what'].capitalize()}. {_where(result)}{busy}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy_image": _accuracy,
     "accuracy_text": _accuracy,
@@ -195,6 +222,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "compile_time": _compile_time,
     "visual_tokens": _visual_tokens,
     "vlm_speed": _vlm_speed,
+    "sparse_speed": _sparse_speed,
     "decoder_speed": _decoder_speed,
     "decoder_prefill": _decoder_speed,
     "perplexity": _perplexity,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tokcc.kernels.attention_probs.reference import reference
+from tokcc.kernels.gpu import on_cuda
 
 __all__ = ["attention_probs"]
 
@@ -27,3 +28,6 @@ def attention_probs(query: Tensor, key: Tensor, mask: Tensor | None, scale: floa
 @attention_probs.register_fake
 def _(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     return query.new_empty([query.shape[0], query.shape[1], query.shape[2], key.shape[2]])
+
+
+on_cuda(attention_probs, __name__, reference)

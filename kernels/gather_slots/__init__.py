@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tokcc.kernels.gather_slots.reference import reference
+from tokcc.kernels.gpu import on_cuda
 
 __all__ = ["gather_slots"]
 
@@ -25,3 +26,6 @@ def gather_slots(x: Tensor, index: Tensor) -> Tensor:
 @gather_slots.register_fake
 def _(x: Tensor, index: Tensor) -> Tensor:
     return x.new_empty([*index.shape, *x.shape[3:]])
+
+
+on_cuda(gather_slots, __name__, reference)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tokcc.kernels.gather_tokens.reference import reference
+from tokcc.kernels.gpu import on_cuda
 
 __all__ = ["gather_tokens"]
 
@@ -29,3 +30,6 @@ def _(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
     shape = list(x.shape)
     shape[batch_dim], shape[dim] = index.shape[0], index.shape[1]
     return x.new_empty(shape)
+
+
+on_cuda(gather_tokens, __name__, reference)

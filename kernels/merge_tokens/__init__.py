@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tokcc.kernels.gpu import on_cuda
 from tokcc.kernels.merge_tokens.reference import reference
 
 __all__ = ["merge_tokens"]
@@ -39,3 +40,6 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     batch, kept = keep.shape
     return x.new_empty([batch, kept, x.shape[2]]), x.new_empty([batch, kept])
+
+
+on_cuda(merge_tokens, __name__, reference)

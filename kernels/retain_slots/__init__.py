@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tokcc.kernels.gpu import on_cuda
 from tokcc.kernels.retain_slots.reference import reference
 
 __all__ = ["retain_slots"]
@@ -27,3 +28,6 @@ def retain_slots(rating: Tensor, k: int) -> Tensor:
 @retain_slots.register_fake
 def _(rating: Tensor, k: int) -> Tensor:
     return rating.new_empty([*rating.shape[:2], k], dtype=torch.int64)
+
+
+on_cuda(retain_slots, __name__, reference)

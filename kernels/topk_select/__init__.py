@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tokcc.kernels.gpu import on_cuda
 from tokcc.kernels.topk_select.reference import reference
 
 __all__ = ["topk_select"]
@@ -26,3 +27,6 @@ def topk_select(score: Tensor, k: int, ascending: bool) -> Tensor:
 @topk_select.register_fake
 def _(score: Tensor, k: int, ascending: bool) -> Tensor:
     return score.new_empty([score.shape[0], k], dtype=torch.int64)
+
+
+on_cuda(topk_select, __name__, reference)

@@ -9,7 +9,8 @@ from tokcc.config import LoadedPolicy
 from tokcc.errors import PlanError
 from tokcc.passes.cache.piece import CacheSelector
 from tokcc.passes.cache.plan import PlannedEviction, PlannedStorage
-from tokcc.passes.cache.storage import CacheForm
+from tokcc.passes.cache.storage import CacheForm, CacheStorage
+from tokcc.passes.cache.storages.in_place import InPlace
 from tokcc.passes.cache.storages.slots import Slots
 
 __all__ = ["fixed_slots"]
@@ -22,7 +23,7 @@ def fixed_slots(
     evictions: Sequence[PlannedEviction],
     storages: Mapping[int, PlannedStorage],
     attention_mask: str | None,
-) -> Slots:
+) -> CacheStorage:
     """Return how all caches are held.
 
     Args:
@@ -59,6 +60,10 @@ def fixed_slots(
             found=", ".join(f"{heads} heads of {key} and {value}" for heads, key, value in sorted(widths)),
             help="use `layout: merged`",
         )
+    tokens = policy.policy.kv.tokens
+    if tokens is not None:
+        _refuse_two_numbers(policy, tokens, evictions)
+        return InPlace(slots=tokens)
     slots = _slots(place, windows, evictions)
     whole = list(forms)
     for eviction in evictions:
@@ -89,7 +94,8 @@ def _slots(place: str, windows: Sequence[int], evictions: Sequence[PlannedEvicti
             f"layers {', '.join(map(str, whole))} keep everything: their caches fit into no fixed number of slots",
             policy=place,
             needed="an `evict_kv` step for every layer without a sliding window",
-            help="add `at: {layers: all}` to the step, or use `layout: merged`",
+            help="say how many tokens there may be, `kv: {layout: slots, tokens: 8192}`, or add `at: {layers: all}` to "
+            "the step, or use `layout: merged`",
         )
     widest = max(windows)
     # A query sees window - 1 earlier tokens.
@@ -113,6 +119,16 @@ def _slots(place: str, windows: Sequence[int], evictions: Sequence[PlannedEvicti
             help=f"write `budget: {{tokens: {widest - 1}}}` or more, or use `layout: merged`",
         )
     return slots
+
+
+def _refuse_two_numbers(policy: LoadedPolicy, tokens: int, evictions: Sequence[PlannedEviction]) -> None:
+    for eviction in evictions:
+        raise PlanError(
+            f"`{eviction.name}` evicts entries, and slots for {tokens} tokens hold all of them",
+            policy=policy.where(("kv", "tokens")),
+            found=f"both for layer {eviction.layer}",
+            help="leave `tokens` out: the step's budget says how many slots there are",
+        )
 
 
 def _refuse_growth(eviction: PlannedEviction) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from tokcc.config import LoadedPolicy
+from tokcc.errors import PlanError
 from tokcc.ir.edit import evaluate, fake_mode_of, insert_call, remove_dead
 from tokcc.ir.program import PassResult, Program
 
-__all__ = ["LastTokenHead", "rowwise"]
+__all__ = ["LastTokenHead", "last_token_outputs", "rowwise"]
 
 aten = torch.ops.aten
 
@@ -62,6 +65,42 @@ class LastTokenHead:
         program.output_node.meta["val"] = values
         remove_dead(program.graph)
         return PassResult(program.refreshed(), True)
+
+
+def last_token_outputs(policy: LoadedPolicy, program: Program, carried: Collection[int]) -> Iterator[int]:
+    """Yield the positions of the outputs of which a policy wants the last token's row only.
+
+    Args:
+        policy: The policy.
+        program: The decoder.
+        carried: Positions of the outputs that travel to the next call.
+
+    Raises:
+        PlanError: There is no such output, or it cannot be what the policy says.
+    """
+    names = {
+        program.output_names[i]: position
+        for i, position in enumerate(program.user_output_positions)
+        if position not in carried
+    }
+    for name, contract in policy.policy.outputs.items():
+        place = policy.where(("outputs", name))
+        if name != "*" and name not in names:
+            raise PlanError(
+                f"the model has no output `{name}`",
+                policy=place,
+                needed="one of " + ", ".join(names),
+                help='use one of these names, or `"*"` for all of them',
+            )
+        if contract not in ("full", "last_token"):
+            raise PlanError(
+                f"`{name}` of a decoder cannot be `{contract}`",
+                policy=place,
+                needed="`full`, or `last_token`: the row that generation reads",
+                help=f"write `outputs: {{{name}: last_token}}`, or leave it out",
+            )
+        if contract == "last_token":
+            yield from names.values() if name == "*" else [names[name]]
 
 
 def rowwise(node: Any) -> bool:

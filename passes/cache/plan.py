@@ -16,7 +16,9 @@ from tokcc.passes.cache.rating import TokenRating
 from tokcc.passes.cache.storage import CacheForm, CacheStorage
 from tokcc.passes.cache.storages.merged import Merged
 from tokcc.passes.inputs import EngineInput, declared_inputs
+from tokcc.passes.piece import written_out
 from tokcc.passes.prompt.plan import PlannedPrune, PromptPlan
+from tokcc.passes.sparse.plan import PlannedSparse
 
 __all__ = ["WEIGHT", "CachePlan", "HeadGroup", "PlannedEviction", "PlannedStorage"]
 
@@ -125,6 +127,7 @@ class HeadGroup:
         rating: Rates the tokens of a call, for storages that hold some better than others.
         rotations: How the layer turns queries and keys, where keys are held as they are before it does.
         refilled: Old entries stand for the tokens of a call that did not come to the layer.
+        sparse: What its queries read; None = everything.
     """
 
     layer: int
@@ -138,6 +141,7 @@ class HeadGroup:
     rating: TokenRating | None = None
     rotations: tuple[Rotation, Rotation] | None = None
     refilled: bool = False
+    sparse: PlannedSparse | None = None
 
     @property
     def written_out(self) -> bool:
@@ -171,6 +175,7 @@ class CachePlan:
         warnings: What the report must say.
         last_token_outputs: Positions of the outputs that hold the last token's row only.
         prompt: Where the prompt gets shorter between layers, or None.
+        sparse: What queries read, by layer; everything where nothing is said.
     """
 
     policy: LoadedPolicy
@@ -184,16 +189,22 @@ class CachePlan:
     warnings: tuple[str, ...] = ()
     last_token_outputs: tuple[int, ...] = ()
     prompt: PromptPlan | None = None
+    sparse: Mapping[int, PlannedSparse] = field(default_factory=dict)
 
     @property
     def changes(self) -> bool:
-        """Whether caches are anything but whole."""
-        return bool(self.evictions or self.storages or self.prompt) or self.otherwise != Merged()
+        """Whether caches are anything but whole, or attention is."""
+        return bool(self.evictions or self.storages or self.prompt or self.sparse) or self.otherwise != Merged()
 
     @property
     def fixed(self) -> bool:
         """Whether caches have a fixed length, empty or not."""
         return self.otherwise.always() is not None
+
+    @property
+    def longest(self) -> int | None:
+        """How many tokens a sequence may have, where the caches say."""
+        return self.otherwise.most()
 
     @property
     def reads_beside(self) -> bool:
@@ -209,9 +220,10 @@ class CachePlan:
         return (*given, *(self.prompt.inputs if self.prompt else ()))
 
     @property
-    def parts(self) -> tuple[PlannedEviction | PlannedStorage | PlannedPrune, ...]:
+    def parts(self) -> tuple[PlannedEviction | PlannedStorage | PlannedPrune | PlannedSparse, ...]:
         """Everything that is done to single layers."""
-        return (*self.evictions, *self.storages.values(), *(self.prompt.prunes if self.prompt else ()))
+        prunes = self.prompt.prunes if self.prompt else ()
+        return (*self.evictions, *self.storages.values(), *prunes, *self.sparse.values())
 
     @property
     def token_bytes(self) -> int:
@@ -221,12 +233,15 @@ class CachePlan:
 
     @property
     def waits(self) -> int:
-        """How many tokens may come in before the first is held in another form than it came."""
-        return max((planned.storage.waits() for planned in self.storages.values()), default=0)
+        """How many tokens may come in before anything is done to the first: a check has to read more than these."""
+        storages = (planned.storage.waits() for planned in self.storages.values())
+        # With some blocks more there is something to leave out.
+        attentions = (planned.least + 4 * planned.block_k for planned in self.sparse.values())
+        return max((*storages, *attentions), default=0)
 
     def without_changes(self) -> CachePlan:
         """Return the plan that keeps everything that can still be seen, as it is."""
-        return replace(self, evictions=(), storages={}, otherwise=Merged(), warnings=(), prompt=None)
+        return replace(self, evictions=(), storages={}, otherwise=Merged(), warnings=(), prompt=None, sparse={})
 
     def of_layer(self, layer: int) -> tuple[PlannedEviction, ...]:
         """Return the evictions of a layer."""
@@ -248,14 +263,18 @@ class CachePlan:
         for number, (heads, eviction) in enumerate(parts):
             states = eviction.states if eviction else ()
             front = eviction is not None and eviction.reduce.fronted
-            own = replace(form, kv_heads=len(heads), states=states, front=front)
+            sparse = self.sparse.get(layer)
+            pages = () if sparse is None else sparse.states(form.kv_heads, form.key_width, form.dtype)
+            own = replace(form, kv_heads=len(heads), states=states, front=front, pages=pages)
             stage = 0 if self.prompt is None else self.prompt.stage(layer)
             rating, rotations = (None, None) if planned is None else (planned.rating, planned.rotations)
             if eviction is not None:
                 rotations = eviction.rotations
             refilled = self.prompt is not None and self.prompt.refills(layer)
             window = self.windows[layer]
-            yield HeadGroup(layer, number, heads, eviction, storage, window, own, stage, rating, rotations, refilled)
+            yield HeadGroup(
+                layer, number, heads, eviction, storage, window, own, stage, rating, rotations, refilled, sparse
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the applied policy in the long form, with the layers and heads that were chosen: replayable."""
@@ -270,9 +289,10 @@ class CachePlan:
                 everyone = {e.layer: range(self.forms[e.layer].kv_heads) for e in mine}
                 heads = {e.layer: list(everyone[e.layer] if e.heads is None else e.heads) for e in mine}
                 step["heads"] = {"kind": "listed", "heads": heads}
-            for name in ("score", "select") if mine else ():
-                piece = getattr(mine[0], name)
+            chosen = [*mine, *(planned for planned in self.sparse.values() if planned.step == number)]
+            for name in ("score", "select") if chosen else ():
+                piece = getattr(chosen[0], name)
                 if getattr(piece, "profile", None):
                     # What was read from a file is written out: the bundle needs nothing but itself.
-                    step[name] = {"kind": piece.kind, **piece.model_dump(mode="json", exclude={"profile"})}
+                    step[name] = written_out(piece, but=("profile",))
         return data

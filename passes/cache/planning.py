@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -16,15 +17,19 @@ from tokcc.ir.program import Program
 from tokcc.passes.budget import Count, planned_counts
 from tokcc.passes.cache.beside import refuse_beside
 from tokcc.passes.cache.fixed_slots import fixed_slots
+from tokcc.passes.cache.head import last_token_outputs
 from tokcc.passes.cache.head_choice import HeadChoice
 from tokcc.passes.cache.piece import CacheReducer, CacheScore, CacheSelector
-from tokcc.passes.cache.plan import CachePlan, PlannedEviction, PlannedStorage
+from tokcc.passes.cache.plan import WEIGHT, CachePlan, PlannedEviction, PlannedStorage
 from tokcc.passes.cache.storage import CacheForm, CacheStorage
 from tokcc.passes.cache.storages.merged import Merged
 from tokcc.passes.cache.storing import add_storages, key_rotations, no_such_layer, refuse_changes
 from tokcc.passes.inputs import refuse_taken_names
 from tokcc.passes.piece import resolve_piece
 from tokcc.passes.prompt.planning import make_prompt_plan
+from tokcc.passes.prompt.unmerge_planning import plan_unmerge
+from tokcc.passes.sparse.plan import PlannedSparse
+from tokcc.passes.sparse.planning import plan_sparse
 from tokcc.passes.trained import with_weights
 
 __all__ = ["make_cache_plan"]
@@ -44,12 +49,18 @@ def make_cache_plan(policy: LoadedPolicy, program: Program, sites: tuple[CacheSi
     evictions: list[PlannedEviction] = []
     storages: dict[int, PlannedStorage] = {}
     warnings: list[str] = []
-    prompt = make_prompt_plan(policy, program, sites, windows)
+    sparse: dict[int, PlannedSparse] = {}
+    prompt = plan_unmerge(policy, program, sites) or make_prompt_plan(policy, program, sites, windows)
     for number, step in enumerate(policy.policy.steps):
-        if step.node == "prune":
+        if step.node in ("prune", "unmerge"):
             continue
         if step.node == "store_kv":
             warnings += add_storages(policy, number, step, program, sites, forms, windows, storages)
+            continue
+        if step.node == "sparse_attention":
+            for planned in plan_sparse(policy, number, step, program, sites, windows, warnings):
+                _refuse_second(policy, number, planned, sparse)
+                sparse[planned.layer] = planned
             continue
         for eviction in _plan_step(policy, number, step, program, sites, forms, windows, warnings):
             _refuse_overlap(policy, number, eviction, evictions)
@@ -58,6 +69,7 @@ def make_cache_plan(policy: LoadedPolicy, program: Program, sites: tuple[CacheSi
     refuse_changes(evictions, storages)
     warnings += _doubts(program, sites, evictions)
     attention_mask = mask_input(program, sites)
+    caches = {position for site in sites for position in (site.present_key, site.present_value)}
     otherwise: CacheStorage = Merged()
     if policy.policy.kv.layout == "slots":
         otherwise = fixed_slots(policy, forms, windows, evictions, storages, attention_mask)
@@ -71,12 +83,14 @@ def make_cache_plan(policy: LoadedPolicy, program: Program, sites: tuple[CacheSi
         otherwise,
         attention_mask=attention_mask,
         warnings=tuple(dict.fromkeys(warnings)),
-        last_token_outputs=tuple(_last_token_outputs(policy, program, sites)),
+        last_token_outputs=tuple(last_token_outputs(policy, program, caches)),
         prompt=prompt,
+        sparse=dict(sorted(sparse.items())),
     )
     refuse_taken_names(program, plan.inputs)
     _refuse_shorter_prompts(plan)
-    return plan
+    _refuse_sparse(plan)
+    return replace(plan, warnings=(*plan.warnings, *_copies(plan)))
 
 
 def _refuse_shorter_prompts(plan: CachePlan) -> None:
@@ -100,6 +114,66 @@ def _refuse_shorter_prompts(plan: CachePlan) -> None:
                 needed="layers in front of the cut, or a method that leaves keys as they are",
                 help=f"give the step layers up to {eviction.layer - 1}, or `positions: keep`",
             )
+    for prune in plan.prompt.prunes if plan.prompt is not None else ():
+        # How many tokens of a whole prompt have gone is told by the length of this cache.
+        layer = prune.behind + 1
+        if prune.positions == "compact" and prune.removed is None and (plan.of_layer(layer) or layer in plan.storages):
+            raise PlanError(
+                f"`{prune.name}` counts positions by the cache of layer {layer}, and another step changes that",
+                policy=prune.where,
+                needed=f"a cache of layer {layer} that holds all tokens of its own",
+                help=f"give the other step layers from {layer + 1} on, or this one `positions: keep`",
+            )
+
+
+def _copies(plan: CachePlan) -> Iterator[str]:
+    """Say where single tokens read little of a cache that is copied for each of them."""
+    names = dict.fromkeys(s.name for s in plan.sparse.values() if s.new[0] <= 1)
+    if names and plan.longest is None:
+        yield (
+            f"`{', '.join(names)}` reads little of a cache that the layout `merged` copies for every token: attention"
+            " gets at most about 1.75 times as fast; `kv: {layout: slots, tokens: N}` copies nothing"
+        )
+
+
+def _refuse_second(
+    policy: LoadedPolicy, number: int, planned: PlannedSparse, others: Mapping[int, PlannedSparse]
+) -> None:
+    other = others.get(planned.layer)
+    if other is not None:
+        raise PolicyError(
+            f"two steps choose what the queries of layer {planned.layer} read",
+            policy=policy.where(("steps", number)),
+            found=f"the other is {other.where}",
+            help="give the steps different layers",
+        )
+
+
+def _refuse_sparse(plan: CachePlan) -> None:
+    """Refuse sparse attention where a layer's attention is written out, or is several of them."""
+    for layer, planned in plan.sparse.items():
+        groups = plan.groups(layer)
+        why = None
+        if len(groups) > 1:
+            why = "its heads have caches of different lengths"
+        elif any(group.written_out or group.rotations for group in groups):
+            why = "another step turns its queries and keys itself"
+        elif plan.reads_beside:
+            why = "another step reads tokens beside those of the call"
+        elif any(group.storage.basis(group.form) or group.form.front or group.form.states[-1:] == (WEIGHT,)
+                 for group in groups):  # fmt: skip
+            why = "entries of its cache stand for several tokens, or are held in another basis"
+        elif groups[0].form.pages and (groups[0].eviction is not None or not groups[0].storage.paged):
+            why = f"`{planned.name}` remembers blocks of entries, and another step moves or takes entries"
+        elif planned.select.passes_on and (plan.evictions or plan.prompt is not None):
+            why = f"`{planned.name}` reads the same entries in several layers, and another step makes them differ"
+        if why is not None:
+            raise PlanError(
+                f"layer {layer} cannot attend sparsely: {why}",
+                policy=planned.where,
+                needed="a layer whose queries see the slots up to their own, with the weight of one token each",
+                help="give the steps different layers, or leave one out",
+            )
 
 
 def _forms(program: Program, sites: Sequence[CacheSite]) -> tuple[CacheForm, ...]:
@@ -122,33 +196,6 @@ def _refuse_overlap(
             )
 
 
-def _last_token_outputs(policy: LoadedPolicy, program: Program, sites: Sequence[CacheSite]) -> Iterator[int]:
-    caches = {position for site in sites for position in (site.present_key, site.present_value)}
-    names = {
-        program.output_names[i]: position
-        for i, position in enumerate(program.user_output_positions)
-        if position not in caches
-    }
-    for name, contract in policy.policy.outputs.items():
-        place = policy.where(("outputs", name))
-        if name != "*" and name not in names:
-            raise PlanError(
-                f"the model has no output `{name}`",
-                policy=place,
-                needed="one of " + ", ".join(names),
-                help='use one of these names, or `"*"` for all of them',
-            )
-        if contract not in ("full", "last_token"):
-            raise PlanError(
-                f"`{name}` of a decoder cannot be `{contract}`",
-                policy=place,
-                needed="`full`, or `last_token`: the row that generation reads",
-                help=f"write `outputs: {{{name}: last_token}}`, or leave it out",
-            )
-        if contract == "last_token":
-            yield from names.values() if name == "*" else [names[name]]
-
-
 def _plan_step(
     policy: LoadedPolicy,
     number: int,
@@ -160,11 +207,18 @@ def _plan_step(
     warnings: list[str],
 ) -> Iterator[PlannedEviction]:
     where = policy.where(("steps", number))
+    if step.node == "filter_scan":
+        raise PlanError(
+            "the model's layers cache keys and values, and have no scans to filter",
+            policy=policy.where(("steps", number, "node")),
+            needed="a state-space language model (Mamba)",
+            help="use a method for caches: `tokcc presets` lists them",
+        )
     if step.node != "evict_kv":
         raise PlanError(
             f"`{step.node}` steps are not available for decoders in this version of tokcc",
             policy=policy.where(("steps", number, "node")),
-            needed="prune, evict_kv or store_kv",
+            needed="prune, unmerge, evict_kv, store_kv or sparse_attention",
             help="use a method for decoders: `tokcc presets` lists them",
         )
     layers = _layers(policy, number, step, windows, warnings)

@@ -10,20 +10,25 @@ from torch import fx
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from tokcc.analysis.cache_sites import CacheSite
+from tokcc.analysis.rotation import Rotation
 from tokcc.ir.builder import GraphBuilder
 from tokcc.ir.edit import fake_mode_of
 from tokcc.ir.program import PassResult, Program
 from tokcc.passes.cache.beside import TOKENS, Beside
 from tokcc.passes.cache.cut import CacheCut, behind
+from tokcc.passes.cache.pages import touched_pages
 from tokcc.passes.cache.plan import WEIGHT, CachePlan, HeadGroup, PlannedEviction
-from tokcc.passes.cache.runs import run_from
+from tokcc.passes.cache.runs import prefix, run_from
 from tokcc.passes.cache.storage import Left, Stored
 from tokcc.passes.cache.visible import real_slots, slot_rank
 from tokcc.passes.cache.weighing import front_row, slot_weights
 from tokcc.passes.outputs import OutputPlan
 from tokcc.passes.prompt.reduction import prompt_actions
 from tokcc.passes.prompt.stream import PromptStream
+from tokcc.passes.prompt.unmerging import share_rows
 from tokcc.passes.propagate import finish
+from tokcc.passes.sparse.attend import attend_sparsely
+from tokcc.passes.sparse.cut import BlockList, SparseCut
 
 __all__ = ["ATTEND", "RebuildCaches"]
 
@@ -68,6 +73,8 @@ class _Rebuild:
         self.left: dict[str, Any] = {}  # public name of an output -> handle
         self.named: dict[str, str] = {}  # placeholder -> public name
         self._sizes: dict[tuple[Any, ...], Any] = {}
+        self.lists: dict[int, BlockList] = {}
+        self.unmerge = None if plan.prompt is None else plan.prompt.unmerge
         self.prompt = self._prompt_stream()
         self.ids: Any = None
         self.beside: Beside | None = None
@@ -85,6 +92,9 @@ class _Rebuild:
                 self.b.scope = node
                 self.env[node] = self._attend(site)
                 if self.prompt is not None:
+                    if self.prompt.unmerged is not None:
+                        with self.b.inserting(f"unmerge@{site.layer}"):
+                            self.env[node] = self.prompt.unmerged.merged(self.b, self.env[node])
                     self.prompt.attended(site, self.env[node])
             elif node.op == "call_function" and self.prompt is not None:
                 self.b.scope = node
@@ -167,6 +177,10 @@ class _Rebuild:
                     node.meta["val"] = self._empty(group, stored, like)
                     self._register(group, stored.name, node)
                     specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(name=node.name), None))
+        if self.unmerge is not None:
+            share_rows(self.b, [self.env[self.nodes[name]] for name in self.unmerge.tokens])
+        if self.prompt is not None:
+            self.prompt.begin()
         return specs
 
     def _register(self, group: HeadGroup, part: str, node: fx.Node) -> None:
@@ -207,10 +221,13 @@ class _Rebuild:
 
     def _operands(self, site: CacheSite) -> list[fx.Node]:
         """Return what the attention of a layer reads: what is turned again is read before it is turned, too."""
+        if self.unmerge is not None:
+            return [self.nodes[site.new_value], *self.unmerge.reads(site.layer)]
         operands = [self.nodes[name] for name in (site.query, site.new_key, site.new_value)]
         for group in self.groups[site.layer]:
             ahead = group.eviction.turn if group.eviction else None
-            for rotation in (*(group.rotations or ()), *([ahead] if ahead else ())):
+            sparse = group.sparse.rotations if group.sparse else None
+            for rotation in (*(group.rotations or ()), *(sparse or ()), *([ahead] if ahead else ())):
                 operands += [rotation.source, rotation.positions, *rotation.outside]
         return operands
 
@@ -241,13 +258,18 @@ class _Rebuild:
         name = f"heads_{group.layer}_{group.number}_{per_head}"
         return b.call(aten.index_select.default, x, 1, b.constant(name, torch.tensor(order)))
 
+    def _asked(self, site: CacheSite) -> list[Any]:
+        """Return the queries, new keys and new values of a layer, of all tokens of the call."""
+        if self.unmerge is not None and self.prompt is not None and self.prompt.unmerged is not None:
+            with self.b.inserting(f"unmerge@{site.layer}"):
+                value = self.env[self.nodes[site.new_value]]
+                return self.prompt.unmerged.asked(self.b, self.unmerge.turns[site.layer], value, self.env)
+        return [self.env[self.nodes[name]] for name in (site.query, site.new_key, site.new_value)]
+
     def _attend_group(self, site: CacheSite, group: HeadGroup) -> Any:
         b, eviction = self.b, group.eviction
         kv_heads = self.plan.forms[site.layer].kv_heads
-        query, new_key, new_value = (
-            self._heads(self.env[self.nodes[name]], group, kv_heads)
-            for name in (site.query, site.new_key, site.new_value)
-        )
+        query, new_key, new_value = (self._heads(x, group, kv_heads) for x in self._asked(site))
         rotations = group.rotations
         if rotations is not None:
             query, new_key = (self._heads(self.env[r.source], group, kv_heads) for r in rotations)
@@ -269,12 +291,21 @@ class _Rebuild:
         if front is not None:
             before = [b.cat([front.key, held.key], 2), b.cat([front.value, held.value], 2)]
         # One node for one size, so that layers of equal length share their masks.
-        slots = b.add_sizes(b.size(held.key, 2), int(front is not None))
-        past = self._sizes.setdefault((group.length, "past"), slots)
-        new = self._sizes.setdefault(("new", group.stage), b.size(query, 2))
-        total = b.add_sizes(past, new)
-        key, value = b.cat([before[0], new_key], 2), b.cat([before[1], new_value], 2)
         mask = None if self.plan.attention_mask is None else self.env[self.nodes[self.plan.attention_mask]]
+        new = self._sizes.setdefault(("new", group.stage), b.size(query, 2))
+        buffers = None
+        if group.storage.in_place:
+            # The mask tells how many slots are filled.
+            past = self._sizes.setdefault((group.length, "past"), b.sub_sizes(b.size(mask, 1), new))
+            total = b.size(mask, 1)
+            with b.inserting(f"write@{site.layer}"):
+                buffers = group.storage.entered(b, held, new_key, new_value, past, new)
+            key, value = (prefix(b, x, 2, total) for x in buffers)
+        else:
+            slots = b.add_sizes(b.size(held.key, 2), int(front is not None))
+            past = self._sizes.setdefault((group.length, "past"), slots)
+            total = b.add_sizes(past, new)
+            key, value = b.cat([before[0], new_key], 2), b.cat([before[1], new_value], 2)
         real = real_slots(b, mask, past, new, query, **(self._shortened(group) if group.stage else {}))
         if held.real is not None:
             real = b.cat([held.real, b.slice(real, 1, past, None)], 1)
@@ -296,6 +327,22 @@ class _Rebuild:
             extra = () if bias is None else (bias,)
             both = b.call(op, query, key, value, real, group.window, site.scale, site.softcap, *extra)
             out, received = b.parts(both, 2)
+        pages: dict[str, Any] = {}
+        if group.sparse is not None:
+            if group.form.pages:
+                assert group.sparse.score is not None
+                with b.inserting(f"pages@{site.layer}"):
+                    held_keys = key if buffers is None else buffers[0]
+                    touched = touched_pages(b, group.sparse.block_k, held_keys, new_key, real, past, new, total)
+                    rows = group.sparse.score.remembered(b, site.layer, touched)
+                    pages = {
+                        state.name: group.storage.paged_rows(b, tensors[state.name], touched, rows[state.name])
+                        for state in group.form.pages
+                    }
+            whole = SparseCut(b, site.layer, len(self.plan.sites), query, key, value, real, past, new, total,
+                              site.scale, site.softcap, group.sparse.block_q, group.sparse.block_k,
+                              buffers, pages, self.lists, **self._before_turns(group, kv_heads))  # fmt: skip
+            out = attend_sparsely(whole, group.sparse, out)
         cut = CacheCut(
             b=b,
             layer=site.layer,
@@ -334,7 +381,10 @@ class _Rebuild:
             with b.inserting(f"{ATTEND}@{site.layer}"):
                 own = refill.slots(b, past)
                 out = cut.attended(refill.allowed(b, cut.slots(), own, real), own)
-        left = Left(stored_key, value, held.states, new_key, new_value, real, past, new, cut=cut, arranged=arranged)
+        left = Left(stored_key, value, held.states, new_key, new_value, real, past, new, cut=cut, arranged=arranged,
+                    pages=pages)  # fmt: skip
+        if buffers is not None:
+            left = replace(left, key=buffers[0], value=buffers[1])
         if group.rating is not None:
             with b.inserting(f"rate@{site.layer}"):
                 left = replace(left, rating=group.rating.emit(cut))
@@ -342,7 +392,7 @@ class _Rebuild:
             with b.inserting(f"{eviction.name}@{site.layer}"):
                 cut = replace(cut, **self._looking_ahead(eviction, group, kv_heads, query))
                 left = self._evict(eviction, cut, stored_key, left, group.storage.always())
-        elif group.window:
+        elif group.window and buffers is None:
             # A query sees window - 1 earlier tokens: nothing else is ever read again.
             start = b.max_sizes(b.sub_sizes(total, group.storage.always() or group.window - 1), 0)
             key, value = (b.slice(x, 2, start, None) for x in (stored_key, value))
@@ -362,6 +412,18 @@ class _Rebuild:
         """Multiply ``[B, heads, S, D]`` by a constant ``[D, D]``."""
         weight = self.b.constant("basis", matrix.T.contiguous().to(self.b.dtype(x)))
         return self.b.call(aten.linear.default, x, weight)
+
+    def _before_turns(self, group: HeadGroup, kv_heads: int) -> dict[str, Any]:
+        """Return what sparse pieces need that read queries and keys before they are turned."""
+        rotations = None if group.sparse is None else group.sparse.rotations
+        if rotations is None:
+            return {}
+
+        def turn(rotation: Rotation) -> Any:
+            return lambda x, positions: rotation.replay(self.b.call, x, positions, self.env)
+
+        unturned = self._heads(self.env[rotations[0].source], group, kv_heads)
+        return {"unturned": unturned, "turns": (turn(rotations[0]), turn(rotations[1]))}
 
     def _looking_ahead(self, eviction: PlannedEviction, group: HeadGroup, kv_heads: int, query: Any) -> dict[str, Any]:
         """Return what scores need that turn queries themselves."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 
-from tokcc.ir.builder import Builder
+from tokcc.ir.builder import Builder, same_size
 
-__all__ = ["run_from", "run_of"]
+__all__ = ["prefix", "run_from", "run_of"]
 
 
 def run_of(b: Builder, x: Any, axis: int, start: Any, stop: Any) -> Any:
@@ -30,3 +31,15 @@ def run_from(b: Builder, x: Any, axis: int, start: Any, count: Any) -> Any:
     """
     place = b.call(torch.ops.aten.add.Scalar, b.arange(count, x), start)
     return b.call(torch.ops.aten.index_select.default, x, axis, place)
+
+
+def prefix(b: Builder, x: Any, axis: int, count: Any) -> Any:
+    """Return the first ``count`` slots of one axis, which has at least so many; its length is ``count`` itself."""
+    if same_size(b.shape(x)[axis], _known(count)):
+        return x
+    return b.call(torch.ops.aten.narrow.default, x, axis, 0, count)
+
+
+def _known(size: Any) -> Any:
+    """Return a size for comparison only."""
+    return size.meta["val"] if isinstance(size, fx.Node) else size

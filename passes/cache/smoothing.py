@@ -29,6 +29,8 @@ Kernel = Annotated[int, Field(ge=1), AfterValidator(_odd)]
 def smoothed(b: Builder, x: Any, pool: Pool, kernel: int) -> Any:
     """Smooth ``[B, N, L]``; a mean divides by the whole kernel at the edges too.
 
+    A kernel without a middle reaches one further to the right.
+
     Padding holds zeros, which is what stands beyond the edge of a row without padding: for a mean by definition, and
     for a maximum because no score is below zero.
     """
@@ -36,4 +38,5 @@ def smoothed(b: Builder, x: Any, pool: Pool, kernel: int) -> Any:
         return x
     op = aten.avg_pool2d.default if pool == "avg" else aten.max_pool2d.default
     flat = b.unsqueeze(x, 2)  # [B, N, 1, L]
-    return b.squeeze(b.call(op, flat, [1, kernel], [1, 1], [0, kernel // 2]), 2)
+    found = b.squeeze(b.call(op, flat, [1, kernel], [1, 1], [0, kernel // 2]), 2)
+    return found if kernel % 2 else b.slice(found, 2, 1, None)

@@ -10,6 +10,7 @@ import torch
 
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.cut import CacheCut
+from tokcc.passes.cache.pages import PageState, Touched
 from tokcc.passes.inputs import EngineInput
 from tokcc.passes.piece import Piece
 
@@ -29,6 +30,7 @@ class CacheForm:
         dtype: The model's.
         states: Names of what travels beside keys and values, fp32 ``[B, Hkv, slots]`` each.
         front: There is an entry before all others, which stands for any number of tokens.
+        pages: What is remembered of pages of entries, for storages that are `paged`.
     """
 
     kv_heads: int
@@ -37,6 +39,7 @@ class CacheForm:
     dtype: torch.dtype
     states: tuple[str, ...] = ()
     front: bool = False
+    pages: tuple[PageState, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class Left:
         front: The entry before them, of one row, where the form has one.
         arranged: Where all of them stand, for storages that are `placed`.
         rating: fp32 ``[B, 1, S]``: how important the call's tokens are, for storages that are `rated`.
+        pages: The states of pages after the call, by name.
     """
 
     key: Any
@@ -150,6 +154,7 @@ class Left:
     front: Front | None = None
     arranged: Arrangement | None = None
     rating: Any = None
+    pages: Mapping[str, Any] = field(default_factory=dict)
 
     def take(self, b: Builder, x: Any) -> Any:
         """Return what stays of ``[B, Hkv, P + S, ...]``."""
@@ -167,12 +172,17 @@ class CacheStorage(Piece):
         placed: Entries say where they stand and what they belong to: they may lie in any order, and callers may put
             caches of texts that were read apart behind each other. For all layers or none.
         rated: Holds some tokens better than others, by what the step's `score` says of them: reads ``rating``.
+        in_place: Entries are written where they stay before the attention reads them: keys and values of `Held` and
+            `Left` are buffers, of which the first slots are filled.
+        paged: Holds states of pages.
     """
 
     as_they_are: ClassVar[bool] = False
     evicts: ClassVar[bool] = True
     placed: ClassVar[bool] = False
     rated: ClassVar[bool] = False
+    in_place: ClassVar[bool] = False
+    paged: ClassVar[bool] = False
 
     def check(self, form: CacheForm) -> None:
         """Refuse a cache that cannot be held this way.
@@ -209,6 +219,34 @@ class CacheStorage(Piece):
     def always(self) -> int | None:
         """Return how many entries it holds before and after every call; None = as many as there are."""
         return None
+
+    def most(self) -> int | None:
+        """Return how many tokens a sequence may have, padding counted; None = as many as the model reads."""
+        return None
+
+    def entered(self, b: Builder, held: Held, new_key: Any, new_value: Any, past: Any, new: Any) -> tuple[Any, Any]:
+        """Return the buffers of keys and values with those of a call in them, for storages that are `in_place`.
+
+        Args:
+            b: The builder.
+            held: The buffers.
+            new_key: ``[B, Hkv, S, D]``.
+            new_value: ``[B, Hkv, S, Dv]``.
+            past: Slots that are filled.
+            new: S.
+        """
+        raise NotImplementedError
+
+    def paged_rows(self, b: Builder, state: Any, pages: Touched, fresh: Any) -> Any:
+        """Return a state of pages after a call, for storages that are `paged`.
+
+        Args:
+            b: The builder.
+            state: What was held.
+            pages: Which pages the call touched.
+            fresh: Their rows ``[B, heads, R, width]``.
+        """
+        raise NotImplementedError
 
     def waits(self) -> int:
         """Return how many tokens may come in before the first of them is held in another form than it came."""

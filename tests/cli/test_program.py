@@ -191,7 +191,8 @@ class TestCompile:
         text = (
             "compile m.pt -p tome --dry-run --backend onnx --backend pt2 --input x=float32[2,3] --dynamic x:0=1..8 "
             "--min-shapes y:1x3 --opt-shapes y:2x3 --max-shapes y:4x3 --gate speedup>=1.2 --opset 20 --atol 1e-3 "
-            "--calib data --task feature-extraction --seed 7 --keep-baseline --allow-pickle"
+            "--calib data --task feature-extraction --seed 7 --keep-baseline --allow-pickle --device cuda "
+            "--aoti-option freezing=false --aoti-option cpp.simdlen=256"
         )
         result = run(*text.split())
         assert result.exit_code == 0, result.stderr
@@ -202,6 +203,8 @@ class TestCompile:
         assert options == {
             "inputs": ("x=float32[2,3]",),
             "dynamic": ("x:0=1..8", "y:0=1..4"),
+            "device": "cuda",
+            "aoti": {"freezing": False, "cpp.simdlen": 256},
             "task": "feature-extraction",
             "allow_pickle": True,
             "backends": ("onnx", "pt2"),
@@ -290,6 +293,19 @@ class TestDoctor:
         assert (states["onnx"], states["tensorrt"]) == ("builds only", "builds only")
         broken = {**found, "torch": Found("torch", "broken", "", "", "", "")}
         assert {state.state for state in backend_states(broken)} == {"unavailable"}
+
+    def test_aoti_needs_a_compiler(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = {package.module: Found(package.module, "works", "1", "", "", "") for package in PACKAGES}
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+        state = next(state for state in backend_states(found) if state.name == "aoti")
+        assert state.state == "unavailable"
+        assert "apt install g++" in state.why
+        compiler = tmp_path / "clang++"
+        compiler.write_text("#!/bin/sh\n")
+        compiler.chmod(0o755)
+        state = next(state for state in backend_states(found) if state.name == "aoti")
+        assert (state.state, state.why) == ("works", "")
 
     @pytest.mark.slow
     def test_command(self) -> None:

@@ -33,6 +33,7 @@ _GROUPED = {**_BASE, "num_key_value_heads": 2}
 # Name -> configuration class and its settings.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _GROUPED),
+    "llama-mqa": ("LlamaConfig", {**_BASE, "num_key_value_heads": 1}),
     "qwen2": ("Qwen2Config", _GROUPED),
     "qwen3": ("Qwen3Config", {**_GROUPED, "head_dim": 16}),
     "mistral": ("MistralConfig", {**_GROUPED, "sliding_window": 8}),

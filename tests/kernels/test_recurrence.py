@@ -34,6 +34,16 @@ def test_equals_brute_force(steps: int, axis: int, seed: int) -> None:
     torch.testing.assert_close(recurrence(decay, update, axis - 3), wanted)
 
 
+@given(st.integers(1, 6), st.integers(0, 2), st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_a_given_state_is_an_update_before_the_first(steps: int, axis: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    decay, update = (torch.randn(steps + 1, 2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    wanted = brute_force(decay.flatten(1), update.flatten(1)).reshape(steps + 1, 2, 3)[1:].movedim(0, axis)
+    parts = (x[1:].movedim(0, axis) for x in (decay, update))
+    torch.testing.assert_close(recurrence(*parts, axis, update[0]), wanted)
+
+
 def test_nothing_decays_or_everything_does() -> None:
     x = torch.randn(2, 5, 3)
     torch.testing.assert_close(recurrence(torch.ones_like(x), x, 1), x.cumsum(1))
@@ -43,9 +53,13 @@ def test_nothing_decays_or_everything_does() -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(ValueError, match="differ in shape"):
         recurrence(torch.ones(3, 1), torch.ones(3, 2), 0)
+    with pytest.raises(ValueError, match="first state"):
+        recurrence(torch.ones(3, 2), torch.ones(3, 2), 0, torch.ones(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 @pytest.mark.parametrize("axis", [0, -1])
 def test_opcheck(dtype: torch.dtype, axis: int) -> None:
-    torch.library.opcheck(recurrence, (torch.rand(2, 5, 3).to(dtype), torch.rand(2, 5, 3).to(dtype), axis))
+    given = (torch.rand(2, 5, 3).to(dtype), torch.rand(2, 5, 3).to(dtype), axis)
+    torch.library.opcheck(recurrence, given)
+    torch.library.opcheck(recurrence, (*given, given[0].select(axis, 0).clone()))

@@ -15,6 +15,8 @@ PICTURE, PICTURE_ID = 12, 90
 """Tokens of the picture in a decoder's prompt, and their id."""
 _CACHE = {"tokens": 8}
 _WINDOWED = {**_CACHE, "window": 3}
+_SINGLE = {"tokens": 8, "length": 0, "at": {"layers": "1:"}}
+"""For single tokens, whose first layers stay as they are."""
 
 ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     # Encoders: 4 layers, 21 (text) or 64 tokens beside special ones.
@@ -55,6 +57,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "promptdistill": {"layers": [1], "tokens": [9]},
     "pyramiddrop": {"layers": [0, 1], "keep": [0.5, 0.25]},
     "sparsevlm": {"layers": [0, 1], "tokens": [9, 5]},
+    "specpc": {"tokens": 7, "window": 3, "kernel": 6, "neighbours": 4},
     "todre-llm": {"layers": [1]},
     "transprune": {"layers": [0, 1], "keep": [0.75, 0.25], "first": 0},
     "vflowopt-llm": {"layers": [0, 1], "keep": [0.75, 0.5]},
@@ -67,6 +70,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "critic-kv": {**_WINDOWED, "sinks": 1},
     "dapq": {**_WINDOWED, "sinks": 1},
     "dont-waste-bits": {"every": 10},
+    "double-sparsity": {**_SINGLE, "channels": 4, "of": "query", "table": [[[0, 9, 4, 13]] * 4] * 3},
     "duo-attention": {"sinks": 2, "recent": 6},
     "elastic-cache-vlm": {**_CACHE, "offset": 2},
     "ems": {**_WINDOWED, "sinks": 1},
@@ -79,14 +83,27 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "mpcache": {**_CACHE, "recent": 3},
     "oscar": {"group": 4, "tail": 8},
     "pyramidkv": _WINDOWED,
+    "quest": {**_SINGLE, "page": 4},
     "razor-attention": {"sinks": 2, "recent": 6, "echo": 0.09, "induction": 0.0},
     "sinklora": _CACHE,
     "snapkv": _WINDOWED,
     "speckv": _WINDOWED,
     "streaming-llm": _CACHE,
+    "tidal-decode": {"tokens": 6, "chosen_in": [0], "layers": "0:", "length": 0},
     "think": {"recent": 4, "window": 4},
     "tova": _CACHE,
     "zipcache": {"every": 10},
+    # Sparse attention: the same calls, whose blocks would be as long as they are.
+    "dhsa": {"block": 4, "chunk": 2, "keep": 0.5, "sinks": 0, "local": 0, "length": 0},
+    "flex-prefill": {"block": 2, "mass": 0.4, "divergence": 0.2, "least": 2, "length": 0},
+    "hip": {"block": 2, "blocks": 2, "sinks": 0, "local": 0, "longest": 64, "length": 0},
+    "minference": {"block": 2, "columns": 2, "distances": 2, "queries": 4, "first": 1, "near": 1, "length": 0},
+    "seer-attention": {"block": 2, "above": 0.2, "length": 0},
+    "token-select": {"chunk": 4, "tokens": 7, "sinks": 1, "scaled": True, "length": 0},
+    "token-sparse-attn": {"window": 2, "kernel": 3, "least": 1, "length": 0},
+    "xattention": {"block": 4, "key_block": 4, "stride": 2, "mass": 0.5, "length": 0},
+    # Scans: 2 layers, texts of as many tokens as in the calls for caches.
+    "longmamba": {"train_length": 12},
 }
 
 

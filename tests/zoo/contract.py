@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tests.decoders import tiny
+from tests.decoders import mamba, tiny
 from tests.zoo.arguments import PICTURE, PICTURE_ID, arguments
 from tests.zoo.builders import HEADS, HIDDEN
 from tests.zoo.contract_table import LIMIT, RESULTS, Case, Row, read_rows, write_rows
@@ -27,6 +27,7 @@ from tests.zoo.models import ZOO, ZooModel
 from tests.zoo.trained import with_files
 from tokcc.analysis.cache_sites import cache_sites
 from tokcc.analysis.sites import find_sites
+from tokcc.analysis.state_sites import state_sites
 from tokcc.backends.calls import decoder_calls, lengths_past
 from tokcc.backends.feeds import Feeds
 from tokcc.backends.onnx import build_onnx, save_onnx
@@ -56,7 +57,9 @@ ENCODERS = tuple(name for name, entry in ZOO.items() if name not in SAME and ent
 """Of the zoo; timm's models are ViT and DeiT again, and need a library of their own."""
 DECODERS = ("llama", "gpt2", "falcon")
 """Grouped heads and rotary positions; learned positions and single heads; one key head, attention beside the MLP."""
-MODELS = (*ENCODERS, *DECODERS)
+STATE_SPACE = ("mamba",)
+"""Decoders without attention."""
+MODELS = (*ENCODERS, *DECODERS, *STATE_SPACE)
 
 
 def cases(presets: Sequence[str] | None = None) -> list[Case]:
@@ -66,7 +69,8 @@ def cases(presets: Sequence[str] | None = None) -> list[Case]:
         if presets is not None and name not in presets:
             continue
         if kind_of(preset) != "encoder":
-            found += [Case(name, family) for family in DECODERS]
+            families = STATE_SPACE if kind_of(preset) == "scan" else DECODERS
+            found += [Case(name, family) for family in families]
             continue
         found += [Case(name, model) for model in ENCODERS]
         found += [Case(name, model, dynamic=True) for model in DYNAMIC]
@@ -79,6 +83,8 @@ def program_of(model: str, dynamic: bool = False) -> Program:
     """Capture a model, once in a process."""
     if model in tiny.FAMILIES:
         return tiny.program_of(model)
+    if model in STATE_SPACE:
+        return mamba.program()
     entry = ZOO[model]
     return trace(entry.build(), entry.inputs(TRACED if dynamic else CROPS), entry.dynamic_shapes() if dynamic else None)
 
@@ -97,8 +103,15 @@ def policy_for(case: Case, folder: Path) -> LoadedPolicy:
 def _facts(model: str, dynamic: bool) -> tuple[dict[str, int], int]:
     """What trained pieces may count on, and the number of candidates while tracing."""
     program = program_of(model, dynamic)
+    if model in STATE_SPACE:
+        sites = state_sites(program)
+        return {"layers": len(sites), "channels": sites[0].channels}, 0
     if model not in ZOO:
-        return {"layers": len(cache_sites(program))}, 0
+        sites = cache_sites(program)
+        nodes = {node.name: node for node in program.graph.nodes}
+        query, key = (nodes[name].meta["val"].shape for name in (sites[0].query, sites[0].new_key))
+        heads = {"query_heads": int(query[1]), "heads": int(key[1]), "head_width": int(key[3])}
+        return {"layers": len(sites), **heads}, 0
     sites = find_sites(program)
     first = sites.cut(0, "block_output")
     width = int(sites.axes[first].old[-1]) if first in sites.axes else HIDDEN
@@ -141,6 +154,8 @@ def _acts(reduced: Reduced) -> bool:
     """Whether the policy did anything: a cell that compares a model with itself says nothing."""
     if reduced.caches is not None:
         return reduced.caches.changes
+    if reduced.scans is not None:
+        return bool(reduced.scans.filters)
     assert reduced.plan is not None
     plan = reduced.plan
     # What passes a layer by leaves no reduced tokens behind.
@@ -179,15 +194,15 @@ def _difference(entry: ZooModel, name: str, found: torch.Tensor, want: torch.Ten
 
 def _compare_decoder(case: Case, reduced: Reduced, session: Session) -> Row:
     """Call after call: a prompt of padded rows, single tokens, a second text, more single tokens."""
-    plan = reduced.caches
-    assert plan is not None
+    plan, scans = reduced.caches, reduced.scans
     feeds, expected = decoder_calls(
         reduced.program,
         _example(reduced.original),
         oracle(reduced.program),
-        lengths=lengths_past(plan.waits),
+        lengths=lengths_past(0 if plan is None else plan.waits),
         added=reduced.declared_inputs,
-        prompt=plan.prompt,
+        prompt=None if plan is None else plan.prompt,
+        before=0 if scans is None else scans.before,
     )
     checks = check_parity(session.run, reduced.program.output_names, feeds, expected, Tolerance())
     wrong = [f"`{check.output}`: {check.max_abs_diff:.2g} of {check.scale:.2g}" for check in checks if not check.passed]

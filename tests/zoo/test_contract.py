@@ -31,9 +31,10 @@ SOME = [
     Case("corematching", "gpt2"),
     Case("snapkv", "gpt2"),
     Case("cacheblend", "gpt2"),
+    Case("longmamba", "mamba"),
 ]
 """Methods with weights, texts, crops and frames, on models that their own tests do not run."""
-OF_EACH_KIND = ("as-vit", "divprune", "evit", "fastv", "h2o", "kvlink", "tome")
+OF_EACH_KIND = ("as-vit", "divprune", "evit", "fastv", "h2o", "kvlink", "longmamba", "tome")
 
 
 def written() -> dict[Case, Row]:
@@ -101,14 +102,15 @@ def test_arguments_are_of_presets() -> None:
 )
 def test_the_other_kind_of_model_is_refused(name: str, tmp_path: Path) -> None:
     """A method for encoders on a decoder and the other way round: said in the words of the policy, with help."""
-    encoder = kind_of(library()[name]) == "encoder"
-    own, other = ("vit", "llama") if encoder else ("llama", "vit")
+    kinds = {"encoder": "vit", "scan": "mamba"}
+    own = kinds.get(kind_of(library()[name]), "llama")
     policy = policy_for(Case(name, own), tmp_path)
-    with pytest.raises(TokccError) as caught:
-        reduce_program(program_of(other), policy, Stages())
-    assert caught.value.what
-    assert (caught.value.help or "").strip()
-    assert name in (caught.value.policy or "")
+    for other in {"vit", "llama", "mamba"} - {own}:
+        with pytest.raises(TokccError) as caught:
+            reduce_program(program_of(other), policy, Stages())
+        assert caught.value.what
+        assert (caught.value.help or "").strip()
+        assert name in (caught.value.policy or "")
 
 
 def test_every_refusal_of_a_piece_says_what_to_do() -> None:

@@ -18,6 +18,8 @@ from tokcc.passes.budget import resolve_budget
 from tokcc.passes.cache.rating import TokenRating
 from tokcc.passes.methods import library
 from tokcc.passes.piece import Piece, Reducer, Score, Selector, parts_of, resolve_piece
+from tokcc.passes.scan.piece import ScanSelector
+from tokcc.passes.sparse.piece import SparseScore, SparseSelector
 from tokcc.passes.trained import Trained
 
 __all__ = ["with_files"]
@@ -34,12 +36,19 @@ SIZES = {
     "quarter": 4,
     "window_height": 2,
     "window_width": 2,
+    "lengths": 4,
+    "longer": 3,
 }
 _PIECES: tuple[tuple[str, type[Piece], str], ...] = (
     ("score", Score, "scores"),
     ("select", Selector, "selectors"),
     ("reduce", Reducer, "reducers"),
 )
+_SPARSE: tuple[tuple[str, type[Piece], str], ...] = (
+    ("score", SparseScore, "sparse.scores"),
+    ("select", SparseSelector, "sparse.selectors"),
+)
+_SCANS: tuple[tuple[str, type[Piece], str], ...] = (("select", ScanSelector, "scan.selectors"),)
 
 
 def with_files(step: Mapping[str, Any], sizes: Mapping[str, int], tokens: int, folder: Path) -> dict[str, Any]:
@@ -86,7 +95,10 @@ def _tensors(policy: LoadedPolicy, sizes: Mapping[str, int], tokens: int) -> Ite
                 continue
             for spec in piece.tensors(known):
                 shape = [part if isinstance(part, int) else _size(part, piece, known) for part in spec.shape]
-                yield spec.name, _values(spec.name, shape, generator)
+                if step.node == "filter_scan" and step.budget.tokens is not None:
+                    yield spec.name, _measured(spec.name, shape, step.budget.tokens, generator)
+                else:
+                    yield spec.name, _values(spec.name, shape, generator)
 
 
 def _pieces(step: Step) -> Iterator[Piece]:
@@ -94,7 +106,7 @@ def _pieces(step: Step) -> Iterator[Piece]:
         if step.score is not None:
             yield resolve_piece(step.score, TokenRating, "cache.ratings", "trained")
         return
-    for key, base, folder in _PIECES:
+    for key, base, folder in {"filter_scan": _SCANS, "sparse_attention": _SPARSE}.get(step.node, _PIECES):
         spec: PieceSpec | None = getattr(step, key)
         if spec is not None:
             yield resolve_piece(spec, base, folder, "trained")
@@ -124,6 +136,13 @@ def _size(symbol: str, piece: Trained, known: Mapping[str, int]) -> int:
         heads = (piece.kv_heads or piece.heads) if symbol.endswith("key_width") else piece.heads
         return heads * HEAD
     return OTHER
+
+
+def _measured(name: str, shape: list[int], tokens: int, generator: torch.Generator) -> Tensor:
+    """Lengths of texts from that of the training on, and thresholds that some steps pass."""
+    if name == "lengths":
+        return tokens * torch.arange(1, shape[0] + 1)
+    return 0.3 * torch.rand(shape, generator=generator)
 
 
 def _values(name: str, shape: list[int], generator: torch.Generator) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,15 +14,45 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokcc.kernels.cached_attention.reference import probabilities
 
-__all__ = ["Attended", "copies", "cut_error", "heard_attention", "span_mass"]
+__all__ = ["Attended", "Heard", "copies", "cut_error", "heard_attention", "span_mass"]
 
-Attended = Callable[[int, Tensor, Tensor], None]
-"""Takes the layer, its probabilities fp32 ``[H, S, S]`` and its values ``[Hkv, S, D]``."""
+
+@dataclass(frozen=True)
+class Heard:
+    """The attention of one layer; one row, no padding.
+
+    Attributes:
+        layer: 0-based.
+        query: ``[H, S, D]``.
+        key: ``[Hkv, S, D]``.
+        value: ``[Hkv, S, Dv]``.
+        window: Sliding window, 0 = none.
+        scale: Factor of the logits.
+        softcap: Cap of the logits, 0 = none.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    window: int
+    scale: float
+    softcap: float
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """fp32 ``[H, S, S]``."""
+        real = torch.ones(1, self.key.shape[1], dtype=torch.bool)
+        query, key = self.query[None], self.key[None]
+        return probabilities(query, key, real, self.window, self.scale, self.softcap, None)[0].flatten(0, 1)
+
+
+Attended = Callable[[Heard], None]
 
 
 @contextmanager
 def heard_attention(hear: Attended) -> Iterator[None]:
-    """Let every ``cached_attention`` of a first call be heard, layer after layer; one row, no padding."""
+    """Let every ``cached_attention`` of a first call be heard, layer after layer."""
     with _Listening(hear):
         yield
 
@@ -34,8 +66,8 @@ class _Listening(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch h
         if func is torch.ops.tokcc.cached_attention.default:
             # Nothing is evicted and nothing was held: keys are whole, and there are no weights.
             query, key, value, real, window, scale, softcap = args
-            probs = probabilities(query, key, real, window, scale, softcap, None)
-            self.hear(self.layer, probs[0].flatten(0, 1), value[0])  # [H, S, S]
+            assert bool(real.all())
+            self.hear(Heard(self.layer, query[0], key[0], value[0], window, scale, softcap))
             self.layer += 1
         return func(*args, **(kwargs or {}))
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
+from tokcc.analysis.computed import computed
 from tokcc.analysis.sites import Sites
+from tokcc.analysis.sizes import number
 from tokcc.ir.program import Program
 
 __all__ = ["Cost", "Ledger", "ledger", "node_flops"]
@@ -42,14 +43,8 @@ class Ledger:
     inserted: Cost = field(default_factory=Cost)
 
 
-def _number(size: Any, bindings: Mapping[Any, int]) -> int:
-    if isinstance(size, int):
-        return size
-    return int(size.node.expr.xreplace({key: sympy.Integer(value) for key, value in bindings.items()}))
-
-
 def _shape(node: Any, bindings: Mapping[Any, int]) -> tuple[int, ...]:
-    return tuple(_number(size, bindings) for size in node.meta["val"].shape)
+    return tuple(number(size, bindings) for size in node.meta["val"].shape)
 
 
 def node_flops(node: fx.Node, bindings: Mapping[Any, int]) -> int:
@@ -68,6 +63,11 @@ def node_flops(node: fx.Node, bindings: Mapping[Any, int]) -> int:
     if target is torch.ops.tokcc.cached_attention.default:
         query, key, value = (_shape(a, bindings) for a in args[:3])
         return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    if target is torch.ops.tokcc.block_sparse_attention.default:
+        query, value, index = (_shape(args[i], bindings) for i in (0, 2, 3))
+        block: Any = args[6]
+        # At most: lists may be shorter than they have room for, and reach behind the row.
+        return int(2 * math.prod(query[:-1]) * index[-1] * block * (query[-1] + value[-1]))
     if target is torch.ops.tokcc.attention_probs.default:
         return 2 * math.prod(_shape(node, bindings)) * _shape(args[0], bindings)[-1]
     if target is torch.ops.tokcc.merge_tokens.default:
@@ -105,8 +105,10 @@ def ledger(program: Program, sites: Sites, inputs: Mapping[str, tuple[int, ...]]
     ends = [_end(sites, i) for i in range(len(sites.layers))]
     start = sites.order[sites.entry.node]
     result = Ledger([Cost() for _ in sites.layers])
+    taken = computed(program, bindings)
     for node in program.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
+        made = isinstance(node.meta.get("val"), torch.Tensor | list | tuple)
+        if node not in taken or node.op != "call_function" or not made:
             continue
         flops, moved = node_flops(node, bindings), _node_bytes(node, bindings)
         place = sites.order.get(node.meta.get("origin", node.name), sites.order.get(node.name))

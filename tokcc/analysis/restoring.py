@@ -13,7 +13,7 @@ from tokcc.ir.value import Value
 if TYPE_CHECKING:
     from tokcc.analysis.context import Context
 
-__all__ = ["restore"]
+__all__ = ["own_assign", "restore"]
 
 
 def restore(ctx: Context, value: Value, axis: int, before: Callable[[TokenSpace], Any] | None = None) -> Value:

@@ -24,7 +24,7 @@ from tokcc.ir.value import Value
 __all__ = ["CutName", "Layer", "Sites", "find_sites", "stream_cuts", "stream_entry"]
 
 aten = torch.ops.aten
-CutName = Literal["block_input", "after_attention", "block_output", "encoder_output", "projector_output"]
+CutName = Literal["block_input", "after_attention", "block_output", "encoder_output", "projector_output", "scan_input"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ class Sites:
         """Return the node of a cut, or None where the model has none."""
         if site in ("encoder_output", "projector_output"):
             return self.encoder_output
+        if site == "scan_input":
+            return None  # of carried states, and no point of the stream
         if site == "block_input":
             return self.entry.node if layer == 0 else self.layers[layer - 1].block_output
         block = self.layers[layer]

@@ -310,7 +310,7 @@ class Walk:
     def _copy(self, node: fx.Node) -> Any:
         """Copy a node whose operands carry no reduced space; its result has no axes until it meets the stream."""
         args, kwargs = self.ctx.original
-        handle = self.builder.call(node.target, *args, like=None if self._rehearsing else node, **kwargs)
+        handle = self.builder.call(node.target, *args, like=self._pattern(node), **kwargs)
         fake = node.meta.get("val")
         read = [self.env[operand] for operand in node.all_input_nodes]
         side = all(value.side for value in _leaves(read) if isinstance(value, Value))
@@ -325,10 +325,14 @@ class Walk:
             )
         return handle
 
+    def _pattern(self, node: fx.Node) -> fx.Node | None:
+        """Return the node whose name and fake a copy of it takes, or None where it is a node of its own."""
+        return None if self._rehearsing else node
+
     def _old_axis_size(self, node: fx.Node, value: Value, axis: int) -> Any:
         """The size that the unreduced graph saw: rules rebuild shapes from factors and never read it for tokens."""
         if not any(f.space is not None and f.space.reduced for f in value.axes[axis % value.rank]):
-            return self.builder.call(aten.sym_size.int, value.handle, axis, like=None if self._rehearsing else node)
+            return self.builder.call(aten.sym_size.int, value.handle, axis, like=self._pattern(node))
         size: Any = 1
         for factor in value.axes[axis % value.rank]:
             own = factor.space.root.size if factor.space is not None else self.ctx.factor_size(factor)

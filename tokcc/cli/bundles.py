@@ -57,7 +57,10 @@ def bench(
     bundle: BundlePath,
     against: Annotated[
         Path | None,
-        typer.Option(metavar="ENGINE", help="An ONNX file to compare with; by default the bundle's baseline."),
+        typer.Option(metavar="ENGINE", help="An engine to compare with; by default the bundle's baseline."),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Whose engine, `onnx` or `aoti`; by default the first.", show_default=False)
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Timed runs of each engine.")] = 30,
     threads: Annotated[int, typer.Option(min=0, help="Threads for the runtime; 0 = its default.")] = 0,
@@ -78,10 +81,11 @@ def bench(
         from tokcc.cli.summary import context_table, latency_lines
 
         if against is not None and not against.is_file():
-            raise UsageError(f"there is no engine `{against}`", needed="an ONNX file")
+            raise UsageError(f"there is no engine `{against}`", needed="an ONNX file or an aoti package")
         measured = pipeline.bench(
             Bundle.open(bundle) if part is None else Bundle.open(bundle).part(part),
             against=against,
+            backend=backend,
             runs=runs,
             threads=threads,
             batch=batch,

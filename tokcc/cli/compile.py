@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -77,6 +78,11 @@ def compile_command(
     dtype: Annotated[str | None, typer.Option(help="Floating-point type of the engine, such as float16.")] = None,
     atol: Annotated[float | None, typer.Option(help="Absolute tolerance of the parity check.")] = None,
     rtol: Annotated[float | None, typer.Option(help="Relative tolerance of the parity check.")] = None,
+    device: Annotated[str, typer.Option(help="What the aoti backend compiles for: cpu or cuda.")] = "cpu",
+    aoti_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Of the aoti backend, such as freezing=false or max_autotune=true."),
+    ] = None,
     gate: Annotated[
         list[str] | None,
         typer.Option(
@@ -134,6 +140,8 @@ def compile_command(
             seed=seed,
             calibrate=not no_calibrate,
             keep_baseline=keep_baseline,
+            device=device,
+            aoti=_settings(aoti_option or ()),
             dry_run=dry_run,
             progress=out.progress(),
         )
@@ -146,6 +154,22 @@ def compile_command(
             return
         show_bundle(out, result)
         missed_gate(result)
+
+
+def _settings(given: Iterable[str]) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` options; values are YAML."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"`{value}` is no value", found=str(error).splitlines()[0]) from error
+        if not equals or not name.strip():
+            raise UsageError("--aoti-option is not NAME=VALUE", found=text, help="for instance freezing=false")
+    return found
 
 
 def _advise(out: Output, model: str, loading: dict[str, Any]) -> NoReturn:

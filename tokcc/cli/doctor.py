@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Literal
 from rich.markup import escape
 from rich.table import Table
 
+from tokcc.backends.cxx import CXX_HELP, cxx_compiler, cxx_missing
 from tokcc.cli.output import Json, Output, Quiet, Verbose
 
 __all__ = ["doctor"]
@@ -143,9 +143,7 @@ def backend_states(found: dict[str, Found]) -> list[BackendState]:
             return BackendState(name, "unavailable", "; ".join(build))
         return BackendState(name, "builds only" if run else "works", "; ".join(run))
 
-    compiler = (
-        [] if shutil.which("g++") or shutil.which("clang++") else ["no C++ compiler (g++ or clang++) on the PATH"]
-    )
+    compiler = [] if cxx_compiler() else [f"{cxx_missing()}: {CXX_HELP}"]
     runtimes = lacking("tensorrt", "tensorrt_rtx")
     return [
         state("onnx", lacking("torch", "onnx", "onnxscript"), lacking("onnxruntime")),

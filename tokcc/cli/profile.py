@@ -1,4 +1,4 @@
-"""``tokcc profile``: numbers of a decoder's heads, in a file that policies name."""
+"""``tokcc profile``: numbers of a decoder's heads or scans, in a file that policies name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ __all__ = ["profile_command"]
 
 def profile_command(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the profile goes (JSON).")],
-    tokens: Annotated[int, typer.Option(help="Length of the random texts.")] = 512,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the profile goes: JSON, of scans safetensors.")],
+    tokens: Annotated[int, typer.Option(help="Length of the texts; for scans, of the training's.")] = 512,
     heads: Annotated[int, typer.Option(help="Query heads of each layer that count as retrieving.")] = 4,
-    keep: Annotated[float, typer.Option(help="Share of the cache that stays when a layer's error is measured.")] = 0.25,
+    keep: Annotated[
+        float, typer.Option(help="Share that stays when errors are measured, and that patterns read.")
+    ] = 0.25,
+    block: Annotated[int, typer.Option(help="Queries and keys in a block of the heads' patterns, with --data.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
+    data: Annotated[Path | None, typer.Option(help="A text to measure scans and patterns on.")] = None,
     allow_pickle: Unpickle = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -27,7 +31,9 @@ def profile_command(
 ) -> None:
     """Measure what each head of a decoder does, for methods that keep more for some heads or layers than for others.
 
-    Random tokens are enough. Name the file in a policy: `profile: heads.json` (razor-attention, compresskv).
+    Random tokens are enough. Name the file in a policy: `profile: heads.json` (razor-attention, compresskv). On a text
+    the pattern of each head for sparse attention is found as well (minference). Of a state-space decoder the scans are
+    measured, best on a text: `weights: scans.safetensors` (longmamba).
     """
     out = Output(json=json, quiet=quiet, verbose=verbose)
     with out.running():
@@ -38,11 +44,12 @@ def profile_command(
             tokens=tokens,
             heads=heads,
             keep=keep,
+            block=block,
             seed=seed,
+            data=data,
             allow_pickle=allow_pickle,
             progress=out.progress(),
         )
         made.save(output)
         out.data(made.to_dict())
-        highest = max(max(row) for row in made.induction)
-        out.show(f"{output}: {len(made.echo)} layers of {len(made.echo[0])} heads, induction up to {highest:.2f}")
+        out.show(f"{output}: {made.summary()}")

@@ -3,6 +3,7 @@
 from tokcc.config.layers import At
 from tokcc.config.loading import LoadedPolicy, load_policy
 from tokcc.config.policy import (
+    Blocks,
     Budget,
     KvBudget,
     KvOptions,
@@ -20,6 +21,7 @@ from tokcc.config.preset_file import load_preset
 
 __all__ = [
     "At",
+    "Blocks",
     "Budget",
     "KvBudget",
     "KvOptions",

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from tokcc.config.checks import Strict, nearest, problem
+from tokcc.config.checks import Strict, nearest, problem, whole
 
 __all__ = ["At", "Site"]
 
-Site = Literal["block_input", "after_attention", "block_output", "encoder_output", "projector_output"]
+Site = Literal["block_input", "after_attention", "block_output", "encoder_output", "projector_output", "scan_input"]
 
 _RANGE = re.compile(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*(?::\s*([1-9]\d*)?\s*)?")
 _WORDS = ("all", "even", "odd")
@@ -59,11 +59,15 @@ class At(Strict):
             fractions of the depth. Layers count from 0; negative ones count from the end.
         site: Where in the block the node goes.
         part: Of a model that is compiled in parts. By default caches are the decoder's and all else is the encoder's.
+        stage: For sparse attention: calls with several tokens, with one, or both.
+        length: For sparse attention: calls that see at least so many tokens; shorter ones stay dense.
     """
 
     layers: Annotated[str | tuple[int | float | str, ...], BeforeValidator(_check_layers)] = "all"
     site: Site = "after_attention"
     part: Literal["encoder", "decoder"] | None = None
+    stage: Literal["prefill", "decode", "both"] | None = None
+    length: Annotated[int | None, whole(least=0)] = None
 
     def resolve(self, num_layers: int) -> tuple[int, ...]:
         """Return the chosen layer numbers of a model, sorted.

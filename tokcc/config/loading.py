@@ -200,7 +200,7 @@ class _Expansion:
             raise PolicyError(
                 "a step names neither a preset nor a node",
                 policy=self._origin.where(path, self._source),
-                needed="`preset: NAME` or `node: prune | merge | sparse_attention | evict_kv`",
+                needed="`preset: NAME` or `node: prune | merge | unmerge | sparse_attention | evict_kv`",
                 found=listed(str(key) for key in step) or "an empty step",
             )
         self._append(step, index, {(): ()})

@@ -11,6 +11,7 @@ from tokcc.config.checks import Strict, problem, real, show, whole
 from tokcc.config.layers import At
 
 __all__ = [
+    "Blocks",
     "Budget",
     "KvBudget",
     "KvOptions",
@@ -25,7 +26,7 @@ __all__ = [
     "find_conflict",
 ]
 
-NodeKind = Literal["prune", "merge", "sparse_attention", "evict_kv", "store_kv"]
+NodeKind = Literal["prune", "merge", "unmerge", "sparse_attention", "evict_kv", "store_kv", "filter_scan"]
 
 _AMOUNTS = ("keep", "tokens", "remove", "stride", "schedule", "total_remove", "kv", "flops")
 # Without a model, two steps are said to contradict only if they do at every depth up to this one.
@@ -192,6 +193,18 @@ class Protect(Strict):
     ids: Annotated[tuple[int, ...], BeforeValidator(_check_ids)] = ()
 
 
+class Blocks(Strict):
+    """How sparse attention cuts a sequence: into blocks of queries and blocks of keys.
+
+    Attributes:
+        query: Queries that read the same keys.
+        key: Neighbouring keys that are read together.
+    """
+
+    query: Annotated[int, whole(least=1)] = 128
+    key: Annotated[int, whole(least=1)] = 128
+
+
 class Step(Strict):
     """One reduction, spelled out.
 
@@ -200,6 +213,7 @@ class Step(Strict):
         preset: The preset this step came from, if any.
         heads: For caches: the key heads that the step is for; all by default.
         store: For caches: how entries are held between calls.
+        blocks: For sparse attention: what queries and keys are cut into.
     """
 
     name: str
@@ -211,6 +225,7 @@ class Step(Strict):
     reduce: PieceSpec | None = None
     heads: PieceSpec | None = None
     store: PieceSpec | None = None
+    blocks: Blocks | None = None
     budget: Budget
     protect: Protect = Protect()
     positions: Literal["keep", "compact"] = "keep"
@@ -222,9 +237,18 @@ class Step(Strict):
     def _named(cls, data: Any) -> Any:
         if not isinstance(data, Mapping) or not isinstance(data.get("node"), str):
             return data
-        # Storing keeps every entry.
-        whole_cache = {"budget": {"keep": 1.0}} if data["node"] == "store_kv" else {}
-        return {"name": data["node"], **whole_cache, **data}
+        # Storing keeps every entry, unmerging every token, and what is read a selector may know itself.
+        whole = {"budget": {"keep": 1.0}} if data["node"] in ("store_kv", "unmerge", "sparse_attention") else {}
+        return {"name": data["node"], **whole, **data}
+
+    @model_validator(mode="after")
+    def _only_sparse_attention_has_blocks(self) -> Step:
+        given = {"blocks": self.blocks, "at": self.at.stage or self.at.length}
+        for key, value in given.items() if self.node != "sparse_attention" else ():
+            if value is not None:
+                words = "`blocks`" if key == "blocks" else "`stage` and `length`"
+                raise problem(f"{words} are for sparse attention", needed="`node: sparse_attention`", key=key)
+        return self
 
     @model_validator(mode="after")
     def _schedule_fits_layers(self) -> Step:
@@ -274,9 +298,21 @@ def _check_contract(value: Any) -> Any:
 
 
 class KvOptions(Strict):
-    """How decoders keep their cache."""
+    """How decoders keep their cache.
+
+    Attributes:
+        layout: ``merged``: as long as there are entries; ``slots``: buffers of one fixed length.
+        tokens: For ``slots`` of caches from which nothing is evicted: how many tokens a sequence may have.
+    """
 
     layout: Literal["merged", "slots"] = "merged"
+    tokens: Annotated[int | None, whole(least=1)] = None
+
+    @model_validator(mode="after")
+    def _only_slots_are_counted(self) -> KvOptions:
+        if self.tokens is not None and self.layout != "slots":
+            raise problem("`tokens` goes with `layout: slots`", needed="`layout: slots`", key="tokens")
+        return self
 
 
 class Policy(Strict):
@@ -309,7 +345,7 @@ def find_conflict(steps: Sequence[Step], num_layers: int | None = None) -> tuple
         for earlier in range(later):
             other = steps[earlier]
             same_place = all(getattr(step, k) == getattr(other, k) for k in ("node", "heads", "protect"))
-            same_place = same_place and step.at.site == other.at.site
+            same_place = same_place and step.at.site == other.at.site and step.at.stage == other.at.stage
             if same_place and step.budget != other.budget and _meet(other.at, step.at, num_layers):
                 return earlier, later
     return None

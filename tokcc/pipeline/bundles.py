@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from tokcc.backends.bundle import Bundle, BundleWriter
-from tokcc.backends.ort import Session
 from tokcc.backends.parity import Tolerance, check_parity
 from tokcc.backends.reference import load_reference
+from tokcc.backends.sessions import open_engine
 from tokcc.errors import UsageError
 from tokcc.pipeline.decoder_speed import Limits
 from tokcc.pipeline.decoding import read_text, with_generated
 from tokcc.pipeline.generating import Pair
-from tokcc.pipeline.measuring import fidelity_of, latency_of, parity_checks
+from tokcc.pipeline.measuring import fidelity_of, latency_of, parity_checks, runtime_of
 from tokcc.pipeline.reading import positions_beside
 from tokcc.pipeline.stages import Stages
 from tokcc.progress import Progress, silent
@@ -27,7 +27,7 @@ from tokcc.report.data import load_calibration
 from tokcc.report.gates import Gate, evaluate_gates, parse_gates
 from tokcc.report.machine import describe_machine
 from tokcc.report.measure import measure
-from tokcc.report.schema import Decoding, Latency, Parity, PeakMemory, Totals
+from tokcc.report.schema import Decoding, Latency, Parity, ParityCheck, PeakMemory, Totals
 from tokcc.report.write import write_report
 
 __all__ = ["Measured", "bench", "calibrate", "rebuild_report", "verify"]
@@ -61,7 +61,7 @@ def verify(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Parity:
-    """Run the ONNX engine on the inputs kept in the bundle and compare with the oracle's outputs.
+    """Run the engines on the inputs kept in the bundle and compare with the oracle's outputs.
 
     Args:
         bundle: The bundle.
@@ -74,17 +74,24 @@ def verify(
         return _verify_parts(bundle, atol=atol, rtol=rtol, seed=seed, progress=progress)
     del seed
     stages = Stages(progress or silent())
-    feeds, outputs = zip(*load_reference(bundle.path / "reference.npz"), strict=True)
-    session = Session(bundle.engine("onnx"))
-    with stages.stage("parity", len(feeds)) as advance:
-        expected = [list(each.values()) for each in outputs]
-        checks = check_parity(session.run, list(outputs[0]), feeds, expected, Tolerance(atol, rtol), advance)
+    checks: list[ParityCheck] = []
+    batches = 0
+    for name in bundle.runnable or (bundle.chosen(),):
+        # Where rounding decides, each engine may have chosen otherwise; outputs are those given its choices.
+        own = bundle.path / f"reference.{name}.npz"
+        feeds, outputs = zip(*load_reference(own if own.is_file() else bundle.path / "reference.npz"), strict=True)
+        session = open_engine(bundle.engine(name))
+        with stages.stage(f"parity of the {name} engine", len(feeds)) as advance:
+            expected = [list(each.values()) for each in outputs]
+            found = check_parity(session.run, list(outputs[0]), feeds, expected, Tolerance(atol, rtol), advance)
+        checks += parity_checks(name, found)
+        batches = len(feeds)
     return Parity(
         passed=all(c.passed for c in checks),
-        batches=len(feeds),
+        batches=batches,
         reference="outputs of the eager reduced program, kept in the bundle",
         inputs="kept in the bundle",
-        checks=parity_checks("onnx", checks),
+        checks=tuple(checks),
     )
 
 
@@ -133,13 +140,14 @@ def bench(
     bundle: Bundle,
     *,
     against: Path | None = None,
+    backend: str | None = None,
     runs: int = 30,
     threads: int = 0,
     batch: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Measured:
-    """Time the engine against its baseline (or another ONNX file), taking turns; decoders at several contexts.
+    """Time an engine against its baseline (or another engine's file), taking turns; decoders at several contexts.
 
     Raises:
         UsageError: There is nothing to compare with.
@@ -149,19 +157,21 @@ def bench(
         raise UsageError(
             "the parts of a bundle are measured one by one", needed=f"--part, one of {', '.join(bundle.manifest.parts)}"
         )
-    other = against or bundle.baseline
+    decoder = _is_decoder(bundle)
+    name = bundle.chosen("onnx" if decoder else backend)
+    other = against or bundle.baseline_of(name)
     if not other.is_file():
         raise UsageError(
             "there is no engine to compare with",
-            needed="baseline.onnx in the bundle, or --against ENGINE",
+            needed=f"{bundle.baseline_of(name).name} in the bundle, or --against ENGINE",
             help="compile with --keep-baseline",
         )
-    if _is_decoder(bundle):
+    if decoder:
         pair = _pair(bundle, other, threads=threads, seed=seed, batch=batch)
         found = pair.measure(stages, text=None, limits=Limits(runs=runs), whole=False)
         return Measured(latency_of(found.timed, found.feeds, threads), None, found.decoding, found.notes)
     feeds = _timing_feeds(bundle, batch)
-    one, two = Session(other, threads=threads), Session(bundle.engine("onnx"), threads=threads)
+    one, two = open_engine(other, threads=threads), open_engine(bundle.engine(name), threads=threads)
     missing = [name for name in one.inputs if name not in feeds]
     if missing:
         raise UsageError(f"`{other}` takes other inputs", needed=", ".join(feeds), found=", ".join(one.inputs))
@@ -174,7 +184,7 @@ def bench(
             seed=seed,
             on_round=lambda _: advance(1),
         )
-    return Measured(latency_of(timed, feeds, threads))
+    return Measured(latency_of(timed, feeds, threads, runtime_of(bundle.engine(name))))
 
 
 def calibrate(
@@ -195,11 +205,12 @@ def calibrate(
     stages = Stages(progress or silent())
     wanted = parse_gates(gates or ())
     _refuse_parts(bundle, "calibrate")
-    baseline = bundle.baseline
+    name = bundle.chosen()
+    baseline = bundle.baseline_of(name)
     if not baseline.is_file():
         raise UsageError(
             "the bundle holds no baseline to compare with",
-            needed="baseline.onnx",
+            needed=baseline.name,
             help="compile with --keep-baseline, or give the data to `tokcc compile --calib`",
         )
     report = bundle.report
@@ -209,12 +220,12 @@ def calibrate(
     specs = [InputSpec(c.name, c.dtype, c.shape, c.unguided) for c in bundle.manifest.inputs]
     with stages.stage("read the calibration data"):
         loaded = load_calibration(data, specs, preprocessor=preprocessor, seed=seed)
-    one, two = Session(baseline, threads=threads), Session(bundle.engine("onnx"), threads=threads)
+    one, two = open_engine(baseline, threads=threads), open_engine(bundle.engine(name), threads=threads)
     fidelity = fidelity_of(report, loaded, one, two, stages)
     feeds = dict(next(iter(loaded.batches()))[0])
     with stages.stage("measure latency"):
         timed = measure({"baseline": lambda: one.run(feeds), "engine": lambda: two.run(feeds)}, seed=seed)
-    latency = latency_of(timed, feeds, threads)
+    latency = latency_of(timed, feeds, threads, runtime_of(bundle.engine(name)))
     shapes = latency.shapes
     same_shapes = report.totals.shapes == shapes
     totals = Totals.of(
@@ -227,6 +238,7 @@ def calibrate(
         update={
             "fidelity": fidelity,
             "latency": latency,
+            "further": {},
             "totals": totals,
             "machine": describe_machine(threads),
             "notes": loaded.notes,

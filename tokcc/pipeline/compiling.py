@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from tokcc.backends.aoti import AotiOptions
 from tokcc.backends.bundle import BundleWriter
 from tokcc.backends.parity import Tolerance
 from tokcc.capture.export import capture
@@ -20,7 +21,7 @@ from tokcc.ir.program import Program
 from tokcc.passes.inputs import random_values
 from tokcc.passes.methods import library
 from tokcc.pipeline.decoding import cache_facts
-from tokcc.pipeline.engines import Options, Place, examples, write_engines
+from tokcc.pipeline.engines import Options, Place, examples, refuse_unable, write_engines
 from tokcc.pipeline.measuring import facts
 from tokcc.pipeline.parts import policy_of, write_parts
 from tokcc.pipeline.reducing import reduce_program
@@ -31,7 +32,7 @@ from tokcc.report.gates import parse_gates
 
 __all__ = ["DryRun", "compile", "reduce"]
 
-_BACKENDS = ("onnx", "pt2")
+_BACKENDS = ("onnx", "pt2", "aoti")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def compile(
     keep_baseline: bool = False,
     slicing: bool = True,
     threads: int = 0,
+    device: str = "cpu",
+    aoti: Mapping[str, Any] | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Any:
@@ -79,7 +82,7 @@ def compile(
         policy: A policy file, a preset's name, ``none``, a dict, or a policy.
         example_inputs: Tuple or dict of tensors; archives and Hugging Face folders bring their own.
         dynamic_shapes: As for ``torch.export.export``.
-        backends: Engines to write: ``onnx``, ``pt2``.
+        backends: Engines to write: ``onnx``, ``pt2``, ``aoti``.
         output: The bundle's folder.
         calibration: Data to measure on; without it random inputs are timed.
         gates: Conditions such as ``{"cosine": ">=0.98"}`` or ``["speedup>=1.2"]``.
@@ -97,6 +100,9 @@ def compile(
         keep_baseline: Keep the engine without reduction in the bundle.
         slicing: Compute only what the outputs need.
         threads: Threads of the runtime while measuring; 0 = its default.
+        device: What the aoti backend compiles for: ``cpu``, or ``cuda``, for which the bundle gets a script instead.
+        aoti: Options of the aoti backend: ``{"freezing": False}`` leaves the weights replaceable (and halves the
+            speed); others are those of ``torch._inductor.config``.
         dry_run: Stop after planning; returns a :class:`DryRun`.
         progress: Receives the stages.
 
@@ -107,6 +113,9 @@ def compile(
         TokccError: One of its kinds, by stage.
     """
     _check_backends(backends)
+    packaging = AotiOptions.of(device, aoti or {})
+    if "aoti" not in backends and packaging != AotiOptions():
+        raise UsageError("a device and aoti options are for the aoti backend", needed="aoti among the backends")
     stages = Stages(progress or silent())
     wanted = parse_gates(gates or ())
     chosen = load_policy(policy, presets=library())
@@ -121,7 +130,7 @@ def compile(
         allow_pickle=allow_pickle,
     )
     if dry_run:
-        return _dry_run(request, chosen, stages)
+        return _dry_run(request, chosen, backends, stages)
     if output is None:
         raise UsageError("no output folder is given", help='for instance `output="out/"`')
     options = Options(
@@ -135,6 +144,7 @@ def compile(
         gates=tuple(wanted),
         keep_baseline=keep_baseline,
         slicing=slicing,
+        aoti=packaging,
     )
     with BundleWriter(output, force=force) as writer:
         if request.multimodal:
@@ -184,18 +194,21 @@ def _check_backends(backends: Sequence[str]) -> None:
             )
 
 
-def _dry_run(request: ModelRequest, policy: LoadedPolicy, stages: Stages) -> DryRun:
+def _dry_run(request: ModelRequest, policy: LoadedPolicy, backends: Sequence[str], stages: Stages) -> DryRun:
     if request.multimodal:
         plans = {
-            name: _planned(part, capture(part), policy_of(policy, name), stages)
+            name: _planned(part, capture(part), policy_of(policy, name), backends, stages)
             for name, part in request.open_parts(stages).parts()
         }
         return DryRun({"policy": policy.policy.name, "parts": plans})
-    return DryRun(_planned(*request.open(stages), policy, stages))
+    return DryRun(_planned(*request.open(stages), policy, backends, stages))
 
 
-def _planned(loaded: Loaded, program: Program, policy: LoadedPolicy, stages: Stages) -> dict[str, Any]:
+def _planned(
+    loaded: Loaded, program: Program, policy: LoadedPolicy, backends: Sequence[str], stages: Stages
+) -> dict[str, Any]:
     reduced = reduce_program(program, policy, stages)
+    refuse_unable(reduced, backends)
     example = examples(program, loaded)
     example |= random_values(reduced.program, reduced.declared_inputs, example, torch.Generator().manual_seed(0))
     report = facts(loaded, policy, reduced, {}, [example], stages, threads=0)
@@ -204,7 +217,8 @@ def _planned(loaded: Loaded, program: Program, policy: LoadedPolicy, stages: Sta
     layers = [
         row.model_dump(include={"layer", "site", "step", "tokens_in", "tokens_out"})
         for row in report.layers
-        if row.step
+        # Behind a cut of a prompt, layers without a step of their own hold less, too.
+        if row.step or row.tokens_out != row.tokens_in
     ]
     return {
         "policy": report.policy.name,

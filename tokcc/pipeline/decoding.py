@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tokcc.analysis.computed import computed
 from tokcc.analysis.ledger import node_flops
 from tokcc.backends.calls import empty_past
 from tokcc.backends.generation.added import nothing_for
@@ -34,7 +35,7 @@ from tokcc.pipeline.stages import Stages
 from tokcc.report.schema import LayerRow, Report, Totals
 from tokcc.report.tokens import TokenText, load_tokens
 
-__all__ = ["cache_facts", "measure_decoder", "prompt_flops", "read_text", "with_generated"]
+__all__ = ["cache_facts", "measure_decoder", "prompt_flops", "read_text", "tokenized", "with_generated"]
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -57,24 +58,34 @@ def read_text(data: Any, folder: Path, *, plan: CachePlan | None = None) -> Toke
     if plan is not None and plan.prompt is not None:
         raise UsageError(
             "a text says nothing about prompts that get shorter",
-            found="a text is read piece by piece, and only the first piece gets shorter",
+            found="tokens of a text share no rows"
+            if plan.prompt.unmerge is not None
+            else "a text is read piece by piece, and only the first piece gets shorter",
             help="leave the calibration data out: the first call is timed on random tokens",
         )
+    return load_tokens(data, tokenized(folder), shortest=SHORTEST, longest=LONGEST)
+
+
+def tokenized(folder: Path | None) -> Callable[[str], Sequence[int]]:
+    """Return what makes token ids of a text, with the tokenizer of a folder.
+
+    It raises a UsageError where there is none; texts that are token ids already do without.
+    """
 
     def encode(text: str) -> Sequence[int]:
-        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise UsageError(
                 "calibration with text needs the model's tokenizer, and none came with the model",
                 help="compile from a folder that has one, or give token ids in an .npz (`input_ids`) or .npy",
             )
         return Tokenizer(folder).encode(text)
 
-    return load_tokens(data, encode, shortest=SHORTEST, longest=LONGEST)
+    return encode
 
 
 def cache_facts(report: Report, reduced: Reduced, loaded: Loaded) -> Report:
     """Add what each layer's cache will hold at the longest context, and the FLOPs of a step there: nothing is run."""
-    context = reached(model_positions(loaded, reduced.original))[-1]
+    context = reached(_positions(loaded, reduced))[-1]
     if reduced.caches is not None and reduced.caches.prompt is not None:
         context = max(context, reduced.caches.prompt.shortest)
     before, after = (
@@ -106,7 +117,7 @@ def measure_decoder(
         how: Seed, threads, budget.
         stages: Progress.
     """
-    positions = model_positions(loaded, reduced.original)
+    positions = _positions(loaded, reduced)
     try:
         pair = Pair(baseline, engine, positions=positions, threads=how.threads, seed=how.seed)
     except UsageError as error:
@@ -122,6 +133,13 @@ def measure_decoder(
             del before[name]
     report = _with_layers(report, reduced, before, found.feeds, growth.context)
     return replace(how, report=with_generated(report, found, how.threads))
+
+
+def _positions(loaded: Loaded, reduced: Reduced) -> int | None:
+    """Return how many tokens may be read: as many as the model has positions, and the caches slots."""
+    longest = None if reduced.caches is None else reduced.caches.longest
+    known = (model_positions(loaded, reduced.original), longest)
+    return min((limit for limit in known if limit is not None), default=None)
 
 
 def with_generated(report: Report, found: Generated, threads: int) -> Report:
@@ -234,10 +252,12 @@ def prompt_flops(reduced: Reduced, length: int) -> tuple[int, int]:
         prompt = reduced.caches.prompt if added and reduced.caches is not None else None
         if prompt is not None and prompt.refill is not None:
             feeds |= {name: value.numpy() for name, value in prompt.refill.random(length, 0).items()}
+        shared = prompt is not None and prompt.unmerge is not None and prompt.unmerge.rows(length)
         for node in program.user_inputs:
             name = program.public_name(node)
             if name not in feeds:
-                feeds[name] = _plain(name, 0, length, node.meta["val"])
+                of_rows = name in ("input_ids", "inputs_embeds")
+                feeds[name] = _plain(name, 0, (of_rows and shared) or length, node.meta["val"])
         found.append(_total_flops(program, _shapes(feeds)))
     before, after = found
     return before, after
@@ -275,12 +295,16 @@ def _layer_bytes(feeds: Feeds, layer: int) -> int:
 def _attention_flops(program: Program, shapes: Mapping[str, Sequence[int]], plan: CachePlan) -> list[int]:
     """Return the FLOPs of the attention of each layer: one node for each of its caches."""
     bindings = program.bindings(shapes)
+    taken = computed(program, bindings)
+    flops = {node: node_flops(node, bindings) if node in taken else 0 for node in program.graph.nodes}
     op = torch.ops.tokcc.cached_attention.default
-    each = iter([node_flops(node, bindings) for node in program.graph.nodes if node.target is op])
+    each = iter([count for node, count in flops.items() if node.target is op])
     found = []
     for site in plan.sites:
-        label = f"{ATTEND}@{site.layer}"
-        own = [node_flops(node, bindings) for node in program.graph.nodes if node.meta.get("tokcc") == label]
+        labels = {f"{ATTEND}@{site.layer}"}
+        if site.layer in plan.sparse:
+            labels.add(f"{plan.sparse[site.layer].name}@{site.layer}")
+        own = [count for node, count in flops.items() if node.meta.get("tokcc") in labels]
         own += [next(each) for group in plan.groups(site.layer) if not group.written_out]
         found.append(sum(own))
     return found
@@ -288,4 +312,4 @@ def _attention_flops(program: Program, shapes: Mapping[str, Sequence[int]], plan
 
 def _total_flops(program: Program, shapes: Mapping[str, Sequence[int]]) -> int:
     bindings = program.bindings(shapes)
-    return sum(node_flops(node, bindings) for node in program.graph.nodes if node.op == "call_function")
+    return sum(node_flops(node, bindings) for node in computed(program, bindings) if node.op == "call_function")

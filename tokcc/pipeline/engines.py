@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,29 @@ import torch
 import yaml
 
 import tokcc
+from tokcc.backends.aoti import AotiOptions, package
 from tokcc.backends.bundle import BackendEntry, Manifest, TensorContract
 from tokcc.backends.calls import check_rebuilt, decoder_calls, lengths_past
 from tokcc.backends.feeds import Feeds, example_feeds, make_feeds
 from tokcc.backends.genai_config import save_genai_config
 from tokcc.backends.generation.added import ADDED_INPUTS, described
-from tokcc.backends.generation.decoder import TOKEN_BYTES
+from tokcc.backends.generation.decoder import SLOTS, TOKEN_BYTES
 from tokcc.backends.onnx import build_onnx, save_onnx
 from tokcc.backends.ort import Session
 from tokcc.backends.parity import Check, Tolerance, check_parity, oracle, refuse_difference
 from tokcc.backends.pt2 import save_pt2
 from tokcc.backends.reference import save_reference
 from tokcc.backends.runtime_files import save_runtime_files
+from tokcc.backends.sessions import AOTI
 from tokcc.capture.loaded import Loaded
 from tokcc.config import LoadedPolicy
 from tokcc.errors import OutputError
 from tokcc.ir.program import Program
+from tokcc.lowering.aten import refuse_deep_sizes, refuse_loops
 from tokcc.passes.inputs import random_values
 from tokcc.pipeline.decoding import cache_facts, measure_decoder, read_text
-from tokcc.pipeline.measuring import Measurement, facts, measure_engine
+from tokcc.pipeline.measuring import Measurement, facts, measure_engine, measure_further
+from tokcc.pipeline.packaging import CUDA_FOLDER, Packaged, write_package
 from tokcc.pipeline.prompt_speed import measure_prompt
 from tokcc.pipeline.reducing import Reduced, reduce_program
 from tokcc.pipeline.settling import settle
@@ -59,6 +64,7 @@ class Options:
     gates: tuple[Gate, ...] = ()
     keep_baseline: bool = False
     slicing: bool = True
+    aoti: AotiOptions = field(default_factory=AotiOptions)
 
 
 @dataclass(frozen=True)
@@ -81,12 +87,33 @@ class Place:
         """Return the path of an engine."""
         return self.root / f"{self.stem}{ending}"
 
-    @property
-    def baseline(self) -> Path:
+    def baseline(self, ending: str) -> Path:
         """The engine without reduction: beside the other, so that both find the same files."""
-        return self.engine(".onnx").with_name(
-            "baseline.onnx" if self.folder == self.root else f"baseline.{Path(self.stem).name}.onnx"
+        return self.engine(ending).with_name(
+            f"baseline{ending}" if self.folder == self.root else f"baseline.{Path(self.stem).name}{ending}"
         )
+
+
+@dataclass(frozen=True)
+class _Emitted:
+    """The engines of a model.
+
+    Attributes:
+        onnx: The ONNX model, if asked for.
+        aoti: The same of AOTInductor.
+        checks: Each held against the oracle, by backend.
+        remarks: For the report.
+    """
+
+    onnx: Path | None
+    aoti: Packaged | None
+    checks: dict[str, list[Check]]
+    remarks: list[str]
+
+    def paths(self) -> dict[str, Path]:
+        """Return the engines that can be timed, by backend."""
+        package = None if self.aoti is None else self.aoti.engine
+        return {name: path for name, path in (("onnx", self.onnx), ("aoti", package)) if path is not None}
 
 
 def write_engines(
@@ -109,34 +136,31 @@ def write_engines(
         TokccError: One of its kinds, by stage.
     """
     reduced = reduce_program(program, policy, stages, slicing=options.slicing)
+    refuse_unable(reduced, options.backends)
     remarks = save_runtime_files(loaded, place.folder)
     text: TokenText | None = None
     if reduced.caches is not None and options.calibrate and options.calibration is not None:
         with stages.stage("read the calibration data"):
             text = read_text(options.calibration, place.root, plan=reduced.caches)
     feeds, expected = _reference(program, reduced, examples(program, loaded), options.seed, stages)
-    engine, checks, settled = _emit(
-        place, reduced, policy, options.backends, options.opset, feeds, expected, options.tolerance, stages
-    )
+    made = _emit(place, reduced, policy, options, feeds, expected, stages)
+    engine = made.onnx
     measurement = Measurement(seed=options.seed, threads=options.threads)
-    report = facts(loaded, policy, reduced, checks, feeds, stages, threads=options.threads)
+    report = facts(loaded, policy, reduced, made.checks, feeds, stages, threads=options.threads)
     if reduced.caches is not None and reduced.caches.fixed and engine is not None:
-        remarks += save_genai_config(loaded, reduced.sliced, engine.name, place.folder)
-    report = report.noted(*remarks, *settled)
-    if engine is not None:
-        baseline = _baseline(place, reduced, options.opset, stages, options.keep_baseline, needed=options.calibrate)
-        if options.calibrate and baseline is not None:
-            if reduced.caches is None:
-                measurement = measure_engine(
-                    report, reduced, loaded, engine, baseline, feeds, options.calibration, measurement, stages
-                )
-            elif reduced.caches.prompt is not None:
-                measurement = measure_prompt(report, reduced, loaded, engine, baseline, measurement, stages)
-            else:
-                measurement = measure_decoder(report, reduced, loaded, engine, baseline, text, measurement, stages)
-        if baseline is not None and not options.keep_baseline:
-            baseline.unlink(missing_ok=True)
-            baseline.with_name(baseline.name + ".data").unlink(missing_ok=True)
+        remarks += save_genai_config(loaded, reduced.sliced, engine.name, place.folder, slots=reduced.caches.longest)
+    report = report.noted(*remarks, *made.remarks)
+    baselines = _baselines(place, reduced, made, feeds[0], options, stages)
+    if options.calibrate and baselines:
+        if reduced.caches is None:
+            measurement = _measure(report, reduced, loaded, made.paths(), baselines, feeds, options, stages)
+        elif engine is not None and reduced.caches.prompt is not None:
+            measurement = measure_prompt(report, reduced, loaded, engine, baselines["onnx"], measurement, stages)
+        elif engine is not None:
+            measurement = measure_decoder(report, reduced, loaded, engine, baselines["onnx"], text, measurement, stages)
+    for baseline in () if options.keep_baseline else baselines.values():
+        baseline.unlink(missing_ok=True)
+        baseline.with_name(baseline.name + ".data").unlink(missing_ok=True)
     if measurement.report is not None:
         report = measurement.report
     elif reduced.caches is not None:
@@ -152,7 +176,7 @@ def write_engines(
             stages=measurement.kept,
             bundle=place.shown,
         )
-    return _manifest(place, loaded, policy, reduced, report, options.backends, options.opset)
+    return _manifest(place, loaded, policy, reduced, report, made, options)
 
 
 def examples(program: Program, loaded: Loaded) -> Feeds:
@@ -160,48 +184,75 @@ def examples(program: Program, loaded: Loaded) -> Feeds:
     return example_feeds(program, loaded.example_args, loaded.example_kwargs)
 
 
+def refuse_unable(reduced: Reduced, backends: Sequence[str]) -> None:
+    """Refuse a policy with a method that a backend cannot run, before anything is written.
+
+    Raises:
+        LoweringError: Naming the operation, its step, and the backends that can.
+    """
+    if "aoti" in backends:
+        for refuse in (refuse_loops, refuse_deep_sizes):
+            refuse(reduced.sliced, "aoti", "--backend onnx or --backend pt2")
+
+
 def _emit(
     place: Place,
     reduced: Reduced,
     policy: LoadedPolicy,
-    backends: Sequence[str],
-    opset: int,
+    options: Options,
     feeds: Sequence[Feeds],
     expected: Sequence[Sequence[torch.Tensor]],
-    tolerance: Tolerance,
     stages: Stages,
-) -> tuple[Path | None, dict[str, list[Check]], list[str]]:
+) -> _Emitted:
     """Lower, write and check every engine; a failed parity raises and nothing is left behind."""
     checks: dict[str, list[Check]] = {}
     remarks: list[str] = []
     engine: Path | None = None
+    packaged: Packaged | None = None
     names = list(reduced.program.output_names)
+    opset, tolerance = options.opset, options.tolerance
+    kept = expected
+    """What the bundle is verified with: given the choices of the first engine."""
     try:
         lock = yaml.safe_dump(bundle_weights(_lock(policy, reduced), policy.folder, place.folder), sort_keys=False)
         (place.folder / "policy.lock.yaml").write_text(lock, encoding="utf-8")
-        if "onnx" in backends:
+        metadata = {"tokcc.version": tokcc.__version__, "tokcc.policy": lock}
+        if "onnx" in options.backends:
             with stages.stage("lower to ONNX"):
                 engine = place.engine(".onnx")
-                metadata = {"tokcc.version": tokcc.__version__, "tokcc.policy": lock}
+                own = dict(metadata)
                 if reduced.caches is not None:
-                    metadata[TOKEN_BYTES] = str(reduced.caches.token_bytes)
+                    own[TOKEN_BYTES] = str(reduced.caches.token_bytes)
+                    if reduced.caches.longest is not None:
+                        own[SLOTS] = str(reduced.caches.longest)
                     if reduced.declared_inputs:
-                        metadata[ADDED_INPUTS] = described(reduced.declared_inputs)
-                save_onnx(build_onnx(reduced.sliced, opset=opset, metadata=metadata), engine)
-        with stages.stage("parity", len(feeds)) as advance:
-            if engine is not None:
+                        own[ADDED_INPUTS] = described(reduced.declared_inputs)
+                save_onnx(build_onnx(reduced.sliced, opset=opset, metadata=own), engine)
+            with stages.stage("parity", len(feeds)) as advance:
                 checks["onnx"] = check_parity(Session(engine).run, names, feeds, expected, tolerance, advance)
                 why: str | None = None
                 if not all(check.passed for check in checks["onnx"]):
-                    settled = settle(reduced.program, reduced.sliced, engine, names, feeds, opset, tolerance)
+                    build = partial(_write_onnx, opset=opset)
+                    settled = settle(reduced.program, reduced.sliced, engine, names, feeds, build, tolerance)
                     if isinstance(settled, str):
                         why = settled
                     else:
-                        expected, checks["onnx"] = settled.expected, settled.checks
+                        kept, checks["onnx"] = settled.expected, settled.checks
                         remarks.append(settled.note)
                 refuse_difference("onnx", checks["onnx"], why)
-                save_reference(place.folder / "reference.npz", names, feeds, expected)
-        if "pt2" in backends:
+        if "aoti" in options.backends:
+            packaged = write_package(
+                place.engine(AOTI), reduced, options.aoti, metadata, feeds, expected, tolerance, stages
+            )
+            checks["aoti"] = packaged.checks
+            remarks += packaged.remarks
+            if engine is None:
+                kept = packaged.expected
+        if checks:
+            save_reference(place.folder / "reference.npz", names, feeds, kept)
+        if packaged is not None and packaged.expected is not kept:
+            save_reference(place.folder / "reference.aoti.npz", names, feeds, packaged.expected)
+        if "pt2" in options.backends:
             with stages.stage("write pt2"):
                 checks["pt2"] = save_pt2(reduced.sliced, place.engine(".pt2"), names, feeds, expected, tolerance)
                 refuse_difference("pt2", checks["pt2"])
@@ -209,7 +260,11 @@ def _emit(
         raise OutputError(
             "the bundle cannot be written", found=str(error), help="check free space and permissions"
         ) from error
-    return engine, checks, remarks
+    return _Emitted(engine, packaged, checks, remarks)
+
+
+def _write_onnx(program: Program, path: Path, *, opset: int) -> None:
+    save_onnx(build_onnx(program, opset=opset), path)
 
 
 def _reference(
@@ -218,6 +273,8 @@ def _reference(
     """Run the eager oracle on what engines are checked with: inputs, and outputs for each."""
     with stages.stage("run the reference"):
         reference = oracle(reduced.program)
+        if reduced.scans is not None:
+            return decoder_calls(reduced.program, example, reference, seed=seed, before=reduced.scans.before)
         if reduced.caches is None:
             generator = torch.Generator().manual_seed(seed)
             feeds = [
@@ -226,7 +283,7 @@ def _reference(
             ]
             return feeds, [reference(feed) for feed in feeds]
         check_rebuilt(program, reduced.original, example)
-        lengths = lengths_past(reduced.caches.waits)
+        lengths = lengths_past(reduced.caches.waits, reduced.caches.longest)
         added = reduced.declared_inputs
         prompt = reduced.caches.prompt
         return decoder_calls(
@@ -235,21 +292,49 @@ def _reference(
 
 
 def _lock(policy: LoadedPolicy, reduced: Reduced) -> dict[str, Any]:
-    plan = reduced.plan or reduced.caches
+    plan = reduced.plan or reduced.caches or reduced.scans
     return policy.policy.to_dict() if plan is None else plan.to_dict()
 
 
-def _baseline(place: Place, reduced: Reduced, opset: int, stages: Stages, keep: bool, *, needed: bool) -> Path | None:
-    """The same model without reduction, exported the same way."""
-    if not (needed or keep):
-        return None
-    with stages.stage("lower the baseline"):
-        path = place.baseline
-        try:
-            save_onnx(build_onnx(reduced.original, opset=opset), path)
-        except OSError as error:
-            raise OutputError("the baseline cannot be written", found=str(error)) from error
-        return path
+def _baselines(
+    place: Place, reduced: Reduced, made: _Emitted, example: Feeds, options: Options, stages: Stages
+) -> dict[str, Path]:
+    """The same model without reduction, exported the same way, for each backend that has an engine."""
+    if not (options.calibrate or options.keep_baseline):
+        return {}
+    found: dict[str, Path] = {}
+    try:
+        if made.onnx is not None:
+            with stages.stage("lower the baseline"):
+                found["onnx"] = place.baseline(".onnx")
+                _write_onnx(reduced.original, found["onnx"], opset=options.opset)
+        # Decoders are measured on the ONNX engine only.
+        if made.aoti is not None and made.aoti.engine is not None and (reduced.caches is None or options.keep_baseline):
+            with stages.stage("compile the baseline with AOTInductor"):
+                found["aoti"] = place.baseline(AOTI)
+                package(reduced.original, found["aoti"], example, options.aoti)
+    except OSError as error:
+        raise OutputError("the baseline cannot be written", found=str(error)) from error
+    return found
+
+
+def _measure(
+    report: Report,
+    reduced: Reduced,
+    loaded: Loaded,
+    engines: Mapping[str, Path],
+    baselines: Mapping[str, Path],
+    feeds: Sequence[Feeds],
+    options: Options,
+    stages: Stages,
+) -> Measurement:
+    """Measure the first engine in full, and how fast the others are."""
+    how = Measurement(seed=options.seed, threads=options.threads)
+    (name, engine), *others = engines.items()
+    found = measure_engine(report, reduced, loaded, engine, baselines[name], feeds, options.calibration, how, stages)
+    for name, engine in others:
+        found = measure_further(found, name, engine, baselines[name], feeds, stages)
+    return found
 
 
 def _manifest(
@@ -258,13 +343,16 @@ def _manifest(
     policy: LoadedPolicy,
     reduced: Reduced,
     report: Report,
-    backends: Sequence[str],
-    opset: int,
+    made: _Emitted,
+    options: Options,
 ) -> Manifest:
     entries: dict[str, BackendEntry] = {}
-    if "onnx" in backends:
-        entries["onnx"] = BackendEntry(engine=f"{place.stem}.onnx", details={"opset": opset})
-    if "pt2" in backends:
+    if made.onnx is not None:
+        entries["onnx"] = BackendEntry(engine=f"{place.stem}.onnx", details={"opset": options.opset})
+    if made.aoti is not None:
+        path = made.aoti.engine or place.engine(AOTI).parent / CUDA_FOLDER / "model.pt2"
+        entries["aoti"] = BackendEntry(engine=path.relative_to(place.root).as_posix(), details=made.aoti.details)
+    if "pt2" in options.backends:
         entries["pt2"] = BackendEntry(engine=f"{place.stem}.pt2", details={"needs": "tokcc"})
     return Manifest(
         tokcc=tokcc.__version__,
@@ -274,7 +362,10 @@ def _manifest(
         state=report.state,
         inputs=tuple(TensorContract(**t.model_dump()) for t in report.model.inputs),
         outputs=tuple(TensorContract(name=t.name, dtype=t.dtype, shape=t.shape) for t in report.model.outputs),
-        ranges={str(symbol): bounds for symbol, bounds in reduced.original.ranges().items()},
+        ranges={
+            reduced.sliced.size_names.get(symbol, str(symbol)): bounds
+            for symbol, bounds in reduced.sliced.ranges().items()
+        },
         backends=entries,
         versions={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "numpy")},
     )

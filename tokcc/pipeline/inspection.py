@@ -10,6 +10,7 @@ from tokcc.analysis.cache_masks import mask_input, sliding_windows
 from tokcc.analysis.cache_sites import CacheSite, cache_sites
 from tokcc.analysis.rotation import find_rotation
 from tokcc.analysis.sites import Layer, Sites, find_sites
+from tokcc.analysis.state_sites import StateSite, seen_tokens, state_sites
 from tokcc.capture.export import capture
 from tokcc.capture.vlm.load import EMBED, LoadedParts
 from tokcc.config import LoadedPolicy, load_policy
@@ -18,6 +19,7 @@ from tokcc.ir.program import Program
 from tokcc.passes.cache.planning import make_cache_plan
 from tokcc.passes.methods import library
 from tokcc.passes.plan import make_plan
+from tokcc.passes.scan.planning import make_scan_plan
 from tokcc.pipeline.request import ModelRequest
 from tokcc.pipeline.stages import Stages
 from tokcc.progress import Progress, silent
@@ -34,16 +36,36 @@ class Inspection:
         program: The clean program.
         sites: Its sites; None for a decoder.
         caches: The caches of a decoder.
+        scans: The scans of a state-space decoder.
     """
 
     model: str
     program: Program
     sites: Sites | None
     caches: tuple[CacheSite, ...] = ()
+    scans: tuple[StateSite, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
+        if self.scans:
+            return self._state_space()
         return self._decoder() if self.sites is None else self._encoder(self.sites)
+
+    def _state_space(self) -> dict[str, Any]:
+        nodes = {node.name: node for node in self.program.graph.nodes}
+        return {
+            "model": self.model,
+            "kind": "state-space decoder",
+            "nodes": len(self.program.graph.nodes),
+            "inputs": [self.program.public_name(n) for n in self.program.user_inputs],
+            "outputs": list(self.program.output_names),
+            "padding_mask": seen_tokens(self.program, self.scans) or "-",
+            "layers": [
+                {"layer": site.layer, "channels": site.channels, "state": int(nodes[site.past].meta["val"].shape[-1])}
+                for site in self.scans
+            ],
+            "presets": self.presets(),
+        }
 
     def _decoder(self) -> dict[str, Any]:
         windows = sliding_windows(self.program, self.caches)
@@ -111,6 +133,8 @@ class Inspection:
 
     def _layers(self, policy: LoadedPolicy) -> list[int]:
         """Return the layers at which a policy does something."""
+        if self.scans:
+            return [planned.layer for planned in make_scan_plan(policy, self.program, self.scans).filters]
         if self.sites is None:
             return sorted({part.layer for part in make_cache_plan(policy, self.program, self.caches).parts})
         return [reduction.layer for reduction in make_plan(policy, self.sites, advise=False).reductions]
@@ -166,7 +190,8 @@ def _inspect_parts(loaded: LoadedParts, stages: Stages) -> PartsInspection:
 
 def _inspected(source: str, program: Program) -> Inspection:
     caches = cache_sites(program)
-    return Inspection(source, program, None if caches else find_sites(program), caches)
+    scans = () if caches else state_sites(program)
+    return Inspection(source, program, None if caches or scans else find_sites(program), caches, scans)
 
 
 def inspect(

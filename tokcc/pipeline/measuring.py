@@ -16,8 +16,9 @@ from torch.export.graph_signature import OutputKind
 
 from tokcc.analysis.ledger import Ledger, ledger
 from tokcc.backends.feeds import Feeds
-from tokcc.backends.ort import Session, inserted_share
+from tokcc.backends.ort import inserted_share
 from tokcc.backends.parity import Check, numpy_feeds
+from tokcc.backends.sessions import AOTI, EngineSession, ending, open_engine
 from tokcc.capture.loaded import Loaded
 from tokcc.config import LoadedPolicy
 from tokcc.ir.program import Program
@@ -54,7 +55,9 @@ __all__ = [
     "kept_tokens",
     "latency_of",
     "measure_engine",
+    "measure_further",
     "parity_checks",
+    "runtime_of",
     "tensor_facts",
 ]
 
@@ -248,14 +251,14 @@ def _full_attention(reduced: Reduced) -> list[str]:
 
 
 def _left_out(reduced: Reduced) -> list[str]:
-    """Say which reductions demand slicing made pointless: only tokens they do not touch are read behind them."""
+    """Say which reductions demand slicing took out: no token that they change is read, or they change none."""
     assert reduced.plan is not None
     present = {node.meta.get("tokcc") for node in reduced.sliced.graph.nodes}
     gone = sorted({r.layer for r in reduced.plan.reductions if f"{r.name}@{r.layer}" not in present})
     if not gone:
         return []
     where = ", ".join(map(str, gone))
-    return [f"the reductions at layers {where} cost nothing: the outputs read only tokens that they leave alone"]
+    return [f"the reductions at layers {where} are not in the engine: no output depends on a token that they change"]
 
 
 def measure_engine(
@@ -294,7 +297,7 @@ def measure_engine(
                 label_names=loaded.label_names,
                 task=loaded.task,
             )
-    one, two = Session(baseline, threads=how.threads), Session(engine, threads=how.threads)
+    one, two = open_engine(baseline, threads=how.threads), open_engine(engine, threads=how.threads)
     timed_feed = numpy_feeds(feeds[0])
     if data is not None:
         fidelity = fidelity_of(report, data, one, two, stages)
@@ -307,9 +310,11 @@ def measure_engine(
             budget_s=how.budget_s,
             seed=how.seed,
         )
-        latency = latency_of(timed, timed_feed, how.threads)
-        with tempfile.TemporaryDirectory(dir=engine.parent) as scratch:
-            inserted = inserted_share(engine, timed_feed, Path(scratch), threads=how.threads)
+        latency = latency_of(timed, timed_feed, how.threads, runtime_of(engine))
+        inserted: float | None = None
+        if ending(engine) != AOTI:  # which fuses inserted operations with others
+            with tempfile.TemporaryDirectory(dir=engine.parent) as scratch:
+                inserted = inserted_share(engine, timed_feed, Path(scratch), threads=how.threads)
     totals, rows = report.totals, report.layers
     if reduced.sites is not None and reduced.plan is not None:
         before = ledger(reduced.original, reduced.sites, shapes)
@@ -319,8 +324,10 @@ def measure_engine(
             before.total.flops,
             after.total.flops,
             latency=latency,
-            inserted_seconds=inserted * latency.engine.median,
-            inserted_how="share of the kernel time in onnxruntime's profile, times the median of the engine",
+            inserted_seconds=None if inserted is None else inserted * latency.engine.median,
+            inserted_how=""
+            if inserted is None
+            else "share of the kernel time in onnxruntime's profile, times the median of the engine",
             shapes=shapes,
         )
     report = report.model_copy(
@@ -328,25 +335,65 @@ def measure_engine(
             "latency": latency,
             "layers": rows,
             "totals": totals,
-            "nodes": NodeCounts(**_node_counts(baseline, engine)),
+            "nodes": None if ending(engine) == AOTI else NodeCounts(**_node_counts(baseline, engine)),
         }
     )
     images, texts, kept = _pictures(reduced, data)
     return replace(how, report=report, images=images, texts=texts, kept=kept)
 
 
-def latency_of(timed: Timed, feeds: Mapping[str, Array], threads: int) -> Latency:
-    """Return what was timed, with how it was measured."""
+def measure_further(
+    measured: Measurement, backend: str, engine: Path, baseline: Path, feeds: Sequence[Feeds], stages: Stages
+) -> Measurement:
+    """Time one more engine against a baseline of its own, on the shapes of the first.
+
+    Args:
+        measured: The first engine's.
+        backend: What made this one.
+        engine: The engine.
+        baseline: The same model without reduction, from the same backend.
+        feeds: Inputs.
+        stages: Progress.
+    """
+    report = measured.report
+    assert report is not None
+    assert report.latency is not None
+    one, two = (open_engine(path, threads=measured.threads) for path in (baseline, engine))
+    feed = numpy_feeds(next((f for f in feeds if _shapes(numpy_feeds(f)) == report.latency.shapes), feeds[0]))
+    with stages.stage(f"measure latency of the {backend} engine"):
+        timed = measure(
+            {"baseline": lambda: one.run(feed), "engine": lambda: two.run(feed)},
+            budget_s=measured.budget_s,
+            seed=measured.seed,
+        )
+    latency = latency_of(timed, feed, measured.threads, runtime_of(engine))
+    report = report.model_copy(update={"further": {**report.further, backend: latency}})
+    return replace(measured, report=report)
+
+
+def _shapes(feeds: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in feeds.items()}
+
+
+def runtime_of(engine: Path | None = None) -> str:
+    """Return what runs an engine, with its version; without one, what runs ONNX models."""
+    if engine is not None and ending(engine) == AOTI:
+        return f"torch {torch.__version__} AOTInductor CPU"
     import onnxruntime
 
-    shapes = {name: tuple(value.shape) for name, value in feeds.items()}
+    return f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider"
+
+
+def latency_of(timed: Timed, feeds: Mapping[str, Array], threads: int, runtime: str | None = None) -> Latency:
+    """Return what was timed, with how it was measured."""
+    shapes = _shapes(feeds)
     first = next((shape for shape in shapes.values() if shape), None)
     return timed.latency(
         "baseline",
         "engine",
         threads=threads,
         shapes=shapes,
-        runtime=f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider",
+        runtime=runtime or runtime_of(),
         batch_size=None if first is None else first[0],
     )
 
@@ -371,7 +418,9 @@ def _node_counts(baseline: Path, engine: Path) -> dict[str, Any]:
     return {"baseline": sum(one.values()), "engine": sum(two.values()), "by_op": changed}
 
 
-def fidelity_of(report: Report, data: CalibrationData, one: Session, two: Session, stages: Stages) -> Fidelity:
+def fidelity_of(
+    report: Report, data: CalibrationData, one: EngineSession, two: EngineSession, stages: Stages
+) -> Fidelity:
     """Compare two engines on data.
 
     Args:

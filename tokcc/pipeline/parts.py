@@ -17,6 +17,7 @@ from tokcc.capture.vlm.family import FieldEdit, Placeholders
 from tokcc.capture.vlm.load import DECODER, EMBED, LoadedParts
 from tokcc.config import LoadedPolicy, Policy, Step
 from tokcc.errors import PlanError, UsageError
+from tokcc.passes.prompt.unmerge_plan import TOKEN_ASSIGN
 from tokcc.pipeline.engines import Options, Place, write_engines
 from tokcc.pipeline.stages import Stages
 
@@ -28,7 +29,7 @@ _ENGINES = "onnx"
 _FILES = {DECODER: "decoder_model_merged"}
 """Names of files that are not those of their parts: where transformers.js looks."""
 _LINE_END = "line_end.npy"
-_CACHE_NODES = ("evict_kv", "store_kv")
+_DECODER_NODES = ("evict_kv", "store_kv", "unmerge", "filter_scan")
 
 
 def write_parts(root: Path, loaded: LoadedParts, policy: LoadedPolicy, options: Options, stages: Stages) -> Manifest:
@@ -59,8 +60,8 @@ def write_parts(root: Path, loaded: LoadedParts, policy: LoadedPolicy, options: 
         # A table of embeddings has nothing to reduce, and so nothing to compare.
         own = replace(options, calibration=data.get(name), calibrate=options.calibrate and name != EMBED)
         made[name] = write_engines(place, part, program, policy_of(policy, name), own, stages)
-    media = _media(loaded, made[loaded.family.medium.part])
     inputs = {contract.name for contract in made[DECODER].inputs}
+    media = _media(loaded, made[loaded.family.medium.part], unmerged=TOKEN_ASSIGN.name in inputs)
     masks = [
         f"{name}_mask" for name, given in policy.policy.segments.items() if given.get("input_ids") == loaded.token_id
     ]
@@ -109,8 +110,8 @@ def policy_of(policy: LoadedPolicy, part: str) -> LoadedPolicy:
 
 
 def _part(step: Step) -> str:
-    """Return the part that a step is for: caches, and segments of a prompt, are the decoder's."""
-    of_text = step.node in _CACHE_NODES or step.protect.segment is not None
+    """Return the part that a step is for: caches, and segments and rows of a prompt, are the decoder's."""
+    of_text = step.node in _DECODER_NODES or step.protect.segment is not None
     return step.at.part or ("decoder" if of_text else "encoder")
 
 
@@ -127,8 +128,14 @@ def _data_by_part(calibration: Any, loaded: LoadedParts) -> Mapping[str, Any]:
     return calibration
 
 
-def _media(loaded: LoadedParts, encoder: Manifest) -> Media:
-    """Say how many tokens a unit has now, and how prompts come by as many placeholders."""
+def _media(loaded: LoadedParts, encoder: Manifest, *, unmerged: bool) -> Media:
+    """Say how many tokens a unit has now, and how prompts come by as many placeholders.
+
+    Args:
+        loaded: The model.
+        encoder: What its encoder gives.
+        unmerged: The decoder attends to merged tokens one by one.
+    """
     family = loaded.family
     output = next(contract for contract in encoder.outputs if contract.name == family.medium.output)
     count = output.shape[1]
@@ -156,7 +163,17 @@ def _media(loaded: LoadedParts, encoder: Manifest) -> Media:
             needed="a policy that drops tokens, or gives all of them back",
             help="use `node: prune`",
         )
-    if valid is not None:
+    assign = _named(names, f"{output.name}.{TOKEN_ASSIGN.name}") if unmerged else None
+    if assign is not None and family.packing == "anyres":
+        raise PlanError(
+            "tiles lie side by side, and what they merge has no place there",
+            needed="a family whose images are one after the other, for a decoder that attends to merged tokens",
+            found=f"`{family.name}`",
+            help="leave the decoder's `unmerge` step out",
+        )
+    if assign is not None:
+        found = Placeholders(refusal=f"prompts keep all {stock}, and the decoder also takes `{assign}`")
+    elif valid is not None:
         found = Placeholders(refusal="how many tokens an image keeps depends on the image")
     return Media(
         task=loaded.task,
@@ -165,6 +182,7 @@ def _media(loaded: LoadedParts, encoder: Manifest) -> Media:
         input=family.medium.input,
         output=family.medium.output,
         index=index,
+        assign=assign,
         valid=valid,
         token_id=loaded.token_id,
         unit=family.unit,

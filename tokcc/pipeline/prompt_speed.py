@@ -66,12 +66,12 @@ def measure_prompt(
         length = 0
     if length < prompt.shortest:
         return replace(how, report=report.noted(f"nothing was measured: {why}"))
-    feeds = _prompt(prompt, two, length, how.seed)
+    whole, feeds = _prompts(prompt, two, length, how.seed)
     given = {name: value for name, value in feeds.items() if name in two.added}
     with stages.stage("measure the prompt"):
         timed = measure(
             {
-                "baseline": lambda: _read(one, feeds, {}),
+                "baseline": lambda: _read(one, whole, {}),
                 "engine": lambda: _read(two, feeds, given),
             },
             budget_s=how.budget_s,
@@ -83,21 +83,30 @@ def measure_prompt(
     own = f", {prompt.needed} of them of the segments" if prompt.needed else ""
     if prompt.refill is not None:
         own = f", old entries are given for {feeds[OLD_PLACES].shape[1]} of them"
+    if prompt.unmerge is not None:
+        own = f", which share {feeds['input_ids'].shape[1]} rows"
     report = report.noted(f"latency and total FLOPs: the first call, a prompt of {length} tokens{own}")
     return replace(how, report=report.model_copy(update={"latency": latency, "totals": totals}))
 
 
-def _prompt(prompt: PromptPlan, engine: DecoderEngine, length: int, seed: int) -> dict[str, Array]:
-    """Return one row of random tokens, with as many of the segments as are needed."""
+def _prompts(
+    prompt: PromptPlan, engine: DecoderEngine, length: int, seed: int
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Return random tokens for baseline and engine, with as many of the segments as are needed.
+
+    They are the same but where tokens share rows: then the engine has fewer.
+    """
     ids = usual_tokens(engine.vocabulary or 2, length, np.random.default_rng(seed))[None]
     feeds: dict[str, Any] = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.ones(1, length).long()}
     blind = any(segment.mask_input in engine.added for segment in prompt.segments)
     seen = {name: value for name, value in feeds.items() if name != "input_ids"} if blind else feeds
+    tokens = feeds["input_ids"]
     feeds |= prompt.dressed(seen)
     feeds["position_ids"] = torch.arange(length)[None]
     arrays = {name: value.numpy() for name, value in feeds.items()}
     old = {} if prompt.refill is None else prompt.refill.random(length, seed)
-    return {**engine.nothing(1, length), **arrays, **{name: value.numpy() for name, value in old.items()}}
+    made = {**engine.nothing(1, length), **arrays, **{name: value.numpy() for name, value in old.items()}}
+    return (made if prompt.unmerge is None else {**made, "input_ids": tokens.numpy()}), made
 
 
 def _read(engine: DecoderEngine, feeds: Mapping[str, Array], given: Mapping[str, Array]) -> object:

@@ -73,7 +73,10 @@ class Reading:
     def branch(self) -> Reading:
         """Return a reading that goes on from here by itself."""
         other = Reading(self.engine, self._batch)
-        other.past, other.seen = dict(self.past), self.seen
+        # Caches with a slot for every token are written over.
+        own = getattr(self.engine, "slots", None) is not None
+        other.past = {name: value.copy() if own else value for name, value in self.past.items()}
+        other.seen = self.seen
         return other
 
     def _call(self, ids: Array) -> tuple[Array, Past]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tokcc.analysis.cache_sites import CacheSite, cache_sites
 from tokcc.analysis.projected import projected_sites
 from tokcc.analysis.sites import Sites, find_sites
+from tokcc.analysis.state_sites import StateSite, state_sites
 from tokcc.capture.fold_constants import FoldConstants
 from tokcc.config import LoadedPolicy
 from tokcc.errors import PlanError
@@ -20,6 +21,9 @@ from tokcc.passes.cache.right_padding import RightPadding
 from tokcc.passes.inputs import EngineInput, added_inputs
 from tokcc.passes.plan import Plan, make_plan
 from tokcc.passes.propagate import Propagate
+from tokcc.passes.scan.filter import FilterScans
+from tokcc.passes.scan.plan import ScanPlan
+from tokcc.passes.scan.planning import make_scan_plan
 from tokcc.passes.slice_demand import SliceDemand
 from tokcc.pipeline.stages import Stages
 
@@ -38,6 +42,7 @@ class Reduced:
         sites: The same.
         caches: What happens to the caches of a decoder; then there are no sites, and `original` is the decoder with its
             whole cache, in the same form.
+        scans: What happens to the scans of a state-space decoder; then there are no sites either.
     """
 
     original: Program
@@ -46,6 +51,7 @@ class Reduced:
     plan: Plan | None
     sites: Sites | None
     caches: CachePlan | None = None
+    scans: ScanPlan | None = None
 
     @property
     def declared_inputs(self) -> tuple[EngineInput, ...]:
@@ -70,10 +76,13 @@ def reduce_program(program: Program, policy: LoadedPolicy, stages: Stages, *, sl
     """
     with stages.stage("annotate"):
         caches = cache_sites(program)
-        _refuse_other_parts(policy, "decoder" if caches else "encoder")
-        sites = None if caches else _sites(program, policy)
+        scans = () if caches else state_sites(program)
+        _refuse_other_parts(policy, "decoder" if caches or scans else "encoder")
+        sites = None if caches or scans else _sites(program, policy)
     if caches:
         return _reduce_decoder(program, policy, caches, stages)
+    if scans:
+        return _reduce_scans(program, policy, scans, stages)
     if sites is None:
         return Reduced(program, program, program, None, None)
     with stages.stage("plan"):
@@ -146,3 +155,15 @@ def _reduce_decoder(program: Program, policy: LoadedPolicy, caches: tuple[CacheS
             reduced = RightPadding(plan.attention_mask).run(reduced).program
             verify(reduced, "RightPadding")
     return Reduced(full, reduced, reduced, None, None, plan)
+
+
+def _reduce_scans(program: Program, policy: LoadedPolicy, scans: tuple[StateSite, ...], stages: Stages) -> Reduced:
+    with stages.stage("plan"):
+        plan = make_scan_plan(policy, program, scans)
+    with stages.stage("insert and propagate"):
+        reduced = FilterScans(plan).run(program).program
+        verify(reduced, "FilterScans")
+        for position in plan.last_token_outputs:
+            reduced = LastTokenHead(position).run(reduced).program
+            verify(reduced, "LastTokenHead")
+    return Reduced(program, reduced, reduced, None, None, scans=plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,8 @@ import torch
 
 from tokcc.backends.decisions import decisions, replay, watching
 from tokcc.backends.feeds import Feeds
-from tokcc.backends.onnx import build_onnx, save_onnx
-from tokcc.backends.ort import Session
 from tokcc.backends.parity import Check, Tolerance, check_parity, numpy_feeds
+from tokcc.backends.sessions import ending, open_engine
 from tokcc.ir.program import Program
 
 __all__ = ["Settled", "settle"]
@@ -41,7 +40,7 @@ def settle(
     engine: Path,
     names: Sequence[str],
     inputs: Sequence[Feeds],
-    opset: int,
+    build: Callable[[Program, Path], object],
     tolerance: Tolerance,
 ) -> Settled | str:
     """Compare an engine with its reference given the engine's own choices.
@@ -52,7 +51,7 @@ def settle(
         engine: The engine.
         names: Of the outputs, in order.
         inputs: What to run on.
-        opset: The engine's.
+        build: Writes an engine of a program as this one was written.
         tolerance: What counts as equal.
 
     Returns:
@@ -64,11 +63,11 @@ def settle(
         return "the model makes no choices"
     expected: list[list[torch.Tensor]] = []
     differing = elements = 0
-    session = Session(engine)
+    session = open_engine(engine)
     with tempfile.TemporaryDirectory(dir=engine.parent, prefix=".decisions-") as folder:
-        path = Path(folder) / "watched.onnx"
-        save_onnx(build_onnx(watching(lowered, watched), opset=opset), path)
-        showing = Session(path)
+        path = Path(folder) / f"watched{ending(engine)}"
+        build(watching(lowered, watched), path)
+        showing = open_engine(path)
         for feeds in inputs:
             arrays = numpy_feeds(feeds)
             shown = {name: torch.as_tensor(np.array(value)) for name, value in showing.run(arrays).items()}

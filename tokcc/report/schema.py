@@ -89,6 +89,9 @@ class Report(Part):
     parity: Parity = Field(description="Engine against the eager oracle.")
     fidelity: Fidelity | None = Field(default=None, description="Engine against baseline; None when not calibrated.")
     latency: Latency | None = Field(default=None, description="Interleaved timing; None when not measured.")
+    further: dict[str, Latency] = Field(
+        default_factory=dict, description="Timing of further engines by backend, each against its own baseline."
+    )
     memory: PeakMemory | None = Field(default=None, description="Peak memory; None when not measured.")
     break_even: tuple[BreakEvenPoint, ...] = Field(default=(), description="Ratio over shapes.")
     decoding: Decoding | None = Field(default=None, description="What only decoders have; None when not measured.")
@@ -102,6 +105,7 @@ class Report(Part):
     @model_validator(mode="after")
     def _no_number_without_parity(self) -> Self:
         measured = [name for name in ("fidelity", "latency", "memory", "decoding") if getattr(self, name) is not None]
+        measured += ["further"] if self.further else []
         if measured and not self.parity.passed:
             raise ValueError(f"{', '.join(measured)} reported although parity did not pass")
         return self

@@ -170,6 +170,9 @@ def speed_lines(report: Report) -> list[tuple[str, str]]:
     else:
         how = f"{seconds_text(latency.baseline.median)} -> {seconds_text(latency.engine.median)}"
         lines.append(("realised speedup", f"{spread_text(latency.speedup)}, {how}"))
+    for backend, other in report.further.items():
+        how = f"{seconds_text(other.baseline.median)} -> {seconds_text(other.engine.median)}"
+        lines.append((f"of the {backend} engine", f"{spread_text(other.speedup)}, {how}"))
     if totals.ideal_speedup is not None:
         flops = f"{count_text(totals.flops_before)} -> {count_text(totals.flops_after)} FLOPs"
         lines.append(("ideal speedup", f"{times(totals.ideal_speedup)}, {flops}"))

@@ -8,16 +8,22 @@ from typing import Any, ClassVar
 import torch
 
 from tokcc.ir.builder import Builder
+from tokcc.passes.cache.pages import Touched
+from tokcc.passes.cache.runs import run_of
 from tokcc.passes.cache.storage import CacheForm, CacheStorage, Front, Held, Left, Stored
 
 __all__ = ["Merged"]
 
 
 class Merged(CacheStorage):
-    """Keys and values as the model makes them, as many as there are; every state is a tensor ``[B, Hkv, P, 1]``."""
+    """Keys and values as the model makes them, as many as there are; every state is a tensor ``[B, Hkv, P, 1]``.
+
+    States of pages grow by a row with every page.
+    """
 
     kind: ClassVar[str] = "merged"
     as_they_are: ClassVar[bool] = True
+    paged: ClassVar[bool] = True
 
     def tensors(self, form: CacheForm) -> tuple[Stored, ...]:
         """See :class:`Merged`."""
@@ -26,6 +32,11 @@ class Merged(CacheStorage):
             Stored("value", form.kv_heads, form.value_width, form.dtype),
         )
         states = self.state_tensors(form)
+        states += tuple(
+            # A row for every token is as long as the cache.
+            Stored(p.name, p.heads, p.width, p.dtype, "slots" if p.every == 1 else f"pages_{p.every}")
+            for p in form.pages
+        )
         if not form.front:
             return pair + states
         front = (
@@ -52,4 +63,9 @@ class Merged(CacheStorage):
         if left.front is not None:
             weight = b.unsqueeze(left.front.weight, 3)
             front = {"key_front": left.front.key, "value_front": left.front.value, "key_front_weight": weight}
-        return {"key": left.key, "value": left.value, **states, **front}
+        return {"key": left.key, "value": left.value, **states, **left.pages, **front}
+
+    def paged_rows(self, b: Builder, state: Any, pages: Touched, fresh: Any) -> Any:
+        """See :class:`CacheStorage`."""
+        whole = b.shape(pages.key)[3] == 1  # pages of one token are never touched again
+        return b.cat([state if whole else run_of(b, state, 2, 0, pages.first), fresh], 2)

@@ -51,6 +51,8 @@ def _recurrences(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         back,
         recurrence(torch.sigmoid(w) * aten.ones_like.default(x), x, 1),
         recurrence(decay, x, 2),
+        recurrence(decay, x, 1, x.mean(1)),
+        recurrence(torch.exp(-turned.abs()), turned, 0, x.mean(1) * w),
     )
 
 
@@ -75,7 +77,7 @@ CASES: list[Case] = [
     Case(
         "recurrences",
         _recurrences,
-        ("b n c", "n b c", "b n c", "b n c", "b n c"),
+        ("b n c", "n b c", "b n c", "b n c", "b n c", "b n c", "n b c"),
         {"w": Side("c")},
         commutes=False,
         kinds=(("drop",), ("shared",), ("padded",), ("drop", "padded")),

@@ -461,7 +461,7 @@ class TestRefusals:
         [
             ({"budget": {"keep": 0.5}}, "caches keep every token"),
             ({"protect": {"last": 3}}, "nothing can be protected"),
-            ({"positions": "compact"}, "counted anew only where"),
+            ({"positions": "compact"}, "counted anew where old entries"),
             ({"at": {"layers": [1, 2]}}, "another step changes"),
         ],
     )

@@ -136,17 +136,22 @@ def cut_out(ctx: Context, x: Value, dim: int, space: TokenSpace, start: Any, old
     return _with_axis(x, handle, dim, wide, old)
 
 
-def recurrence(ctx: Context, decay: Value, update: Value, axis: int) -> Value:
+def recurrence(ctx: Context, decay: Value, update: Value, axis: int, initial: Value | None = None) -> Value:
     """A state that runs over the tokens: empty slots pass it on, and removed tokens may still let it decay."""
     place = axis % update.rank
-    (first, second), joints = ctx.align([decay, update], [[(0, i), (1, i)] for i in range(update.rank)])
+    operands = [decay, update, *([] if initial is None else [initial])]
+    both = [[(0, i), (1, i)] for i in range(update.rank)]
+    for i in range(0 if initial is None else initial.rank):
+        both[i + (i >= place)].append((2, i))
+    (first, second, *given), joints = ctx.align(operands, both)
+    before = [value.handle for value in given]
     joint = joints[place]
     space = _tokens(joint)
     if space is None and _tagged(joint):
         ctx.fail("a state runs over an axis that holds samples, or tokens and something else")
     old = ctx.old_shape()
     if space is None or not space.reduced:
-        handle = ctx.emit(first.handle, second.handle, axis)
+        handle = ctx.emit(first.handle, second.handle, axis, *before)
         return Value(handle, tuple(joints), old, side=decay.side and update.side)
     check_sequence(ctx, space, "a state")
     if space.around is not None:
@@ -159,7 +164,7 @@ def recurrence(ctx: Context, decay: Value, update: Value, axis: int) -> Value:
         first = first.having(handle=powered)
     kept = _without_empty(ctx, first, place, space, 1.0)
     added = _without_empty(ctx, second, place, space, 0.0)
-    return Value(b.call(torch.ops.tokcc.recurrence.default, kept, added, axis), tuple(joints), old)
+    return Value(b.call(torch.ops.tokcc.recurrence.default, kept, added, axis, *before), tuple(joints), old)
 
 
 RULES: dict[Any, Any] = {

@@ -1,0 +1,189 @@
+"""What sparse attention costs and gains: prompts of several lengths on the real language model, with their perplexity.
+
+    python benchmarks/sparse_speed.py                                        # every method, 1k to 8k tokens
+    python benchmarks/sparse_speed.py --method xattention:mass=0.8 --context 8192 --rounds 5
+    python benchmarks/sparse_speed.py --without-speed --context 2048         # only what is lost
+
+One thread, batch 1, engines in turns. The baseline is our own dense engine, whose attention runs over query blocks that
+read only their prefix; `--plain` adds the plain export. Timed engines give the last token's logits, as a server needs
+them. Perplexity is that of the documentation topics, read in one call. Nothing is timed unless an engine equals its
+eager program on a text that is long enough to be read sparsely.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a plain file
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import yaml
+
+from benchmarks.decoder_speed import PLAIN, WHOLE, export_plain, kept
+from benchmarks.engines import Feeds, open_session
+from benchmarks.environment import RESULTS, describe, write_results
+from benchmarks.grid import short
+from benchmarks.perplexity import text_tokens
+from benchmarks.timing import interleave, milliseconds, speedups
+from examples.assets import LANGUAGE_MODEL, locate
+from tokcc.backends.onnx import build_onnx, save_onnx
+from tokcc.backends.parity import oracle
+from tokcc.config import load_policy
+from tokcc.ir.program import Program
+from tokcc.passes.methods import library
+from tokcc.pipeline.decoder_quality import Surprise
+from tokcc.pipeline.reducing import reduce_program
+from tokcc.pipeline.request import ModelRequest
+from tokcc.pipeline.stages import Stages
+
+METHODS = ("xattention",)
+RESULT = "sparse_speed"
+LAST = {"logits": "last_token"}
+
+
+def policy_of(method: str) -> dict[str, Any] | str:
+    """``name`` or ``name:parameter=value,...``."""
+    name, _, given = method.partition(":")
+    if name == "none":
+        return {"version": 1, "name": "none", "steps": []}
+    return short(
+        name, **{k: yaml.safe_load(v) for k, _, v in (part.partition("=") for part in given.split(",") if part)}
+    )
+
+
+def engine_of(program: Program, method: str, path: Path, *, last: bool, checked: int) -> Path:
+    """Lower a method, and compare it with its eager program on so many tokens; 0 = not.
+
+    Raises:
+        SystemExit: They differ.
+    """
+    policy = policy_of(method)
+    assert isinstance(policy, dict)
+    reduced = reduce_program(
+        program, load_policy({**policy, "outputs": LAST if last else {}}, presets=library()), Stages()
+    )
+    save_onnx(build_onnx(reduced.sliced, opset=18), path)
+    if checked:
+        session = open_session(path, 1)
+        feeds = feeds_of(session, np.random.default_rng(0).integers(10, 40_000, checked))
+        got = session.run(["logits"], feeds)[0]
+        with torch.no_grad():
+            found = oracle(reduced.sliced)({name: torch.from_numpy(value) for name, value in feeds.items()})
+        wanted = found[reduced.sliced.output_names.index("logits")].numpy()
+        apart = float(np.abs(got - wanted).max() / np.abs(wanted).max())
+        if apart > 1e-3:
+            raise SystemExit(
+                f"{method}: engine and eager program differ by {apart:.1e} of their scale; nothing is timed"
+            )
+    return path
+
+
+def feeds_of(session: Any, ids: npt.NDArray[np.int64]) -> Feeds:
+    """Inputs of a first call."""
+    feeds: Feeds = {}
+    for item in session.get_inputs():
+        if len(item.shape) == 4:
+            feeds[item.name] = np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32)
+        elif "mask" in item.name:
+            feeds[item.name] = np.ones((1, len(ids)), np.int64)
+        elif "position" in item.name:
+            feeds[item.name] = np.arange(len(ids))[None]
+        else:
+            feeds[item.name] = ids[None].astype(np.int64)
+    return feeds
+
+
+def perplexity(engine: Path, ids: npt.NDArray[np.int64], threads: int) -> float:
+    """Read a text in one call."""
+    session, surprise = open_session(engine, threads), Surprise()
+    surprise.add(session.run(["logits"], feeds_of(session, ids))[0][0], ids)
+    value = surprise.perplexity
+    return float("nan") if value is None else value
+
+
+def timed(engines: dict[str, Path], ids: npt.NDArray[np.int64], rounds: int) -> dict[str, dict[str, Any]]:
+    """Time one prompt with all engines in turns."""
+    sessions = {name: open_session(path, 1) for name, path in engines.items()}
+    names = {name: [session.get_outputs()[0].name] for name, session in sessions.items()}
+    runs = {name: partial(s.run, names[name], feeds_of(s, ids)) for name, s in sessions.items()}
+    seconds = interleave(runs, rounds)
+    ratios = speedups(seconds, WHOLE)
+    return {name: {"ms": milliseconds(seconds[name]), "speedup": ratios.get(name)} for name in engines}
+
+
+def break_even(rows: list[dict[str, Any]], method: str) -> int | None:
+    """Return the first measured length from which on the method is faster than the dense engine."""
+    own = sorted((r["context"], r["speedup"]["median"]) for r in rows if r["method"] == method and r.get("speedup"))
+    slow = [context for context, ratio in own if ratio < 1.0]
+    later = [context for context, _ in own if not slow or context > slow[-1]]
+    return later[0] if later else None
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="speed and perplexity of sparse attention over prompts")
+    parser.add_argument("--method", action="append", help=f"default: {', '.join(METHODS)}")
+    parser.add_argument("--context", action="append", type=int, help="default: 1024, 2048, 4096, 8192")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2, help="for the perplexity; speed is measured on one")
+    parser.add_argument("--plain", action="store_true", help="also time the plain export")
+    parser.add_argument("--without-speed", action="store_true")
+    parser.add_argument("--without-quality", action="store_true")
+    parser.add_argument("--check", type=int, default=1100, help="tokens of the comparison with the eager program")
+    parser.add_argument("--work", type=Path, help="keep the plain export here")
+    parser.add_argument("--name", default=RESULT, help="results file name")
+    options = parser.parse_args()
+    folder = locate(LANGUAGE_MODEL)[0].parent
+    contexts = options.context or [1024, 2048, 4096, 8192]
+    ids = text_tokens(folder, max(contexts))
+    _, program = ModelRequest(folder, task="text-generation").open(Stages())
+    methods = options.method or list(METHODS)
+    rows: list[dict[str, Any]] = [{"method": name, "context": c} for name in ["none", *methods] for c in contexts]
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        engines: dict[str, Path] = {}
+        for number, name in enumerate(["none", *methods]):
+            if not options.without_quality:
+                whole = engine_of(program, name, work / "whole.onnx", last=False, checked=0)
+                for row in rows:
+                    if row["method"] == name:
+                        row["perplexity"] = perplexity(whole, ids[: row["context"]], options.threads)
+                        print(f"{name} {row['context']}: perplexity {row['perplexity']:.3f}", flush=True)
+            if not options.without_speed:
+                path = work / f"{number}.onnx"
+                engines[WHOLE if name == "none" else name] = engine_of(
+                    program, name, path, last=True, checked=options.check
+                )
+        if options.plain:
+            plain = (options.work or work) / "plain.onnx"
+            engines[PLAIN] = kept(plain, partial(export_plain, folder, plain))
+        for context in contexts if engines else ():
+            for name, found in timed(engines, ids[:context], options.rounds).items():
+                method = "none" if name == WHOLE else name
+                known = next((r for r in rows if (r["method"], r["context"]) == (method, context)), None)
+                if known is None:
+                    rows.append(known := {"method": method, "context": context})
+                known |= {key: value for key, value in found.items() if value is not None}
+                print(f"{method} {context}: {json.dumps(found)}", flush=True)
+    content = {
+        "what": "prompts in one call; onnxruntime CPU, batch 1, one thread, in turns; speed-up over our dense engine",
+        "environment": describe(1),
+        "model": LANGUAGE_MODEL.name,
+        "rounds": options.rounds,
+        "rows": rows,
+        "break_even": {name: break_even(rows, name) for name in methods},
+    }
+    print(f"\nwrote {write_results(options.name, content)} in {RESULTS}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Sparse attention of decoders: what each block of queries reads."""

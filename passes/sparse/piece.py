@@ -1,0 +1,150 @@
+"""The two kinds of sparse pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from tokcc.ir.builder import Builder
+from tokcc.passes.budget import Count
+from tokcc.passes.cache.pages import PageState, Touched
+from tokcc.passes.piece import Piece, other_piece
+from tokcc.passes.sparse.compressed import TokenSets
+from tokcc.passes.sparse.cut import FORCED, HIDDEN, BlockList, Share, SparseCut
+
+__all__ = ["OtherSparseScore", "OtherSparseSelector", "SparseScore", "SparseSelector"]
+
+
+class _SparsePiece(Piece):
+    """What both have."""
+
+    def check(self, block_q: int, block_k: int) -> None:
+        """Refuse blocks that cannot be rated.
+
+        Raises:
+            ValueError: Says what is needed.
+        """
+
+    def check_heads(self, layer: int, heads: int) -> None:
+        """Refuse a layer with so many query heads.
+
+        Raises:
+            ValueError: Says what is needed.
+        """
+
+
+class SparseScore(_SparsePiece):
+    """Rates key blocks for rows of queries.
+
+    What it would have to compute of every block in every call it may remember: a row of numbers for each, which travels
+    with the cache and of which a call makes those anew in whose blocks its tokens lie.
+    """
+
+    unturned: ClassVar[bool] = False
+    """True when it reads queries and keys as they are before their positions turn them."""
+
+    def states(self, kv_heads: int, width: int, dtype: torch.dtype, block: int) -> tuple[PageState, ...]:
+        """Return what it remembers of a layer.
+
+        Args:
+            kv_heads: Key heads.
+            width: Of keys.
+            dtype: Of keys.
+            block: Keys in a block.
+        """
+        del kv_heads, width, dtype, block
+        return ()
+
+    def remembered(self, b: Builder, layer: int, pages: Touched) -> Mapping[str, Any]:
+        """Return the rows of some blocks by name, each ``[B, heads, R, width]``; padding counts nothing.
+
+        Args:
+            b: The builder.
+            layer: 0-based.
+            pages: The blocks.
+        """
+        raise NotImplementedError
+
+    def emit(self, cut: SparseCut) -> Any:
+        """Return fp32 ``[B, H, MQ, M]``, or 1 for H or MQ; larger = more important."""
+        raise NotImplementedError
+
+
+class SparseSelector(_SparsePiece):
+    """Chooses the key blocks that rows of queries read.
+
+    Attributes:
+        share: Who has a list of its own: ``each`` query head, the key head of a group (``group_max``, ``group_mean`` of
+            their ratings), or the whole layer (``all_mean``).
+        sinks: First blocks of a sample that are always read.
+        local: Blocks in front of a row's own that are always read; its own always are.
+    """
+
+    wants_score: ClassVar[bool] = True
+    budgeted: ClassVar[bool] = True
+    """False when the selector knows itself how much is read."""
+    fills: ClassVar[bool] = False
+    """True when it reads as much as the budget allows, whatever the ratings."""
+    compresses: ClassVar[bool] = False
+    """True when it chooses tokens that take part in the attention, and no blocks that queries read."""
+    passes_on: ClassVar[bool] = False
+    """Layers read what was chosen in another one: entry by entry their caches are the same."""
+
+    share: Share = "each"
+    sinks: int = Field(default=0, ge=0)
+    local: int = Field(default=0, ge=0)
+
+    def rates(self, layer: int) -> bool:
+        """Whether it chooses by a rating in a layer."""
+        del layer
+        return self.wants_score
+
+    def reads_all(self, layer: int) -> bool:
+        """Whether a layer reads everything, and what is chosen in it is for those behind it."""
+        del layer
+        return False
+
+    def check_layers(self, layers: tuple[int, ...]) -> None:
+        """Refuse layers of a step, ascending.
+
+        Raises:
+            ValueError: Says what is needed.
+        """
+
+    def rated(self, cut: SparseCut, score: Any) -> Any:
+        """Return the ratings of those who have a list, ``[B, Hs, MQ, M]``: what must be read wins, the rest loses."""
+        b = cut.b
+        rating = cut.shared(score, self.share)
+        return b.where(self.forced(cut), FORCED, b.where(cut.visible, rating, HIDDEN))
+
+    def forced(self, cut: SparseCut) -> Any:
+        """Return bool ``[B or 1, 1, MQ, M]``: what is read in any case."""
+        b = cut.b
+        own = cut.nearest(self.local) if self.local else cut.own
+        if not self.sinks:
+            return b.unsqueeze(b.unsqueeze(own, 0), 0)
+        return b.logical_or(own, b.logical_and(cut.sinks(self.sinks), cut.visible))
+
+    def tokens(self, cut: SparseCut, score: Any, budget: Count) -> TokenSets:
+        """Return what takes part, where that is what the selector chooses; arguments as for :meth:`select`."""
+        raise NotImplementedError
+
+    def select(self, cut: SparseCut, score: Any, budget: Count) -> BlockList:
+        """Return what is read.
+
+        Args:
+            cut: The call.
+            score: What the score gave; None where none is wanted.
+            budget: Blocks that a row reads, or the most of them.
+        """
+        raise NotImplementedError
+
+
+OtherSparseScore = Annotated[SparseScore, other_piece(SparseScore, "sparse.scores")]
+"""A parameter of a piece that is a score of its own."""
+
+OtherSparseSelector = Annotated[SparseSelector, other_piece(SparseSelector, "sparse.selectors")]
+"""A parameter of a selector that is another one."""

@@ -1,0 +1,185 @@
+"""From a policy's step to the sparse attention of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+from tokcc.analysis.cache_sites import CacheSite
+from tokcc.config import Blocks, LoadedPolicy, PieceSpec, Step
+from tokcc.errors import PlanError, PolicyError
+from tokcc.ir.program import Program
+from tokcc.passes.budget import Count, planned_counts
+from tokcc.passes.cache.storing import key_rotations
+from tokcc.passes.piece import parts_of, resolve_piece
+from tokcc.passes.sparse.piece import SparseScore, SparseSelector
+from tokcc.passes.sparse.plan import PlannedSparse
+from tokcc.passes.trained import with_weights
+
+__all__ = ["plan_sparse"]
+
+_CALLS = {"prefill": (2, 2**62), "decode": (0, 1), "both": (0, 2**62)}
+
+
+def plan_sparse(
+    policy: LoadedPolicy,
+    number: int,
+    step: Step,
+    program: Program,
+    sites: Sequence[CacheSite],
+    windows: Sequence[int],
+    warnings: list[str],
+) -> Iterator[PlannedSparse]:
+    """Resolve one step.
+
+    Args:
+        policy: The policy.
+        number: Place of the step.
+        step: It.
+        program: The decoder.
+        sites: Its layers.
+        windows: Sliding window of each layer, 0 = none.
+        warnings: What the report must say; added to.
+
+    Raises:
+        PlanError: The step cannot be applied.
+        PolicyError: A piece or parameter is unknown.
+    """
+
+    def place(key: str) -> str:
+        return policy.where(("steps", number, key))
+
+    for key in ("reduce", "heads", "store"):
+        if getattr(step, key) is not None:
+            raise PolicyError(
+                f"`{key}` does not go with `node: sparse_attention`, which leaves all tokens where they are",
+                policy=place(key),
+                help="leave it out",
+            )
+    select: SparseSelector = resolve_piece(
+        step.select or PieceSpec(kind="best"), SparseSelector, "sparse.selectors", place("select")
+    )
+    score: SparseScore | None = None
+    if step.score is not None:
+        score = resolve_piece(step.score, SparseScore, "sparse.scores", place("score"))
+    elif select.wants_score:
+        raise PolicyError(
+            f"the selector `{select.kind}` chooses by a rating, and nothing rates",
+            policy=policy.where(("steps", number)),
+            help="add for instance `score: {kind: pooled}`",
+        )
+    blocks, new = step.blocks or Blocks(), _CALLS[step.at.stage or "both"]
+    if new[1] == 1:
+        blocks = blocks.model_copy(update={"query": 1})
+    for piece, key in ((score, "score"), (select, "select")):
+        try:
+            if piece is not None:
+                piece.check(blocks.query, blocks.key)
+        except ValueError as error:
+            raise PlanError(
+                f"the {key} `{piece.kind if piece else ''}` cannot work with these blocks",
+                policy=place(key),
+                needed=str(error),
+                help="change `blocks: {query: ..., key: ...}`, or the parameter",
+            ) from error
+    layers = _layers(policy, number, step, windows, warnings)
+    try:
+        select.check_layers(layers)
+    except ValueError as error:
+        raise PlanError(
+            f"the selector `{select.kind}` cannot work in these layers",
+            policy=place("select"),
+            needed=str(error),
+            found=f"layers {', '.join(map(str, layers))}",
+            help="change `at: {layers: ...}`, or its parameters",
+        ) from error
+    counts = planned_counts(policy, number, step, layers, len(windows))
+    if not select.budgeted and not all(count.nothing for count in counts):
+        raise PolicyError(
+            f"the selector `{select.kind}` knows itself how much is read, and a budget would mean nothing",
+            policy=place("budget"),
+            help=f"leave it out, and give `{select.kind}` its own parameters",
+        )
+    if select.fills and all(count.nothing for count in counts):
+        warnings.append(f"`{step.name}` reads everything: its budget is the whole text")
+    nodes = {node.name: node for node in program.graph.nodes}
+    shapes = {layer: nodes[sites[layer].query].meta["val"].shape for layer in layers}
+    for layer, shape in shapes.items():
+        for piece, key in ((score, "score"), (select, "select")):
+            try:
+                if piece is not None:
+                    piece.check_heads(layer, int(shape[1]))
+            except ValueError as error:
+                raise PlanError(
+                    f"the {key} `{piece.kind if piece else ''}` was made for another model",
+                    policy=place(key),
+                    needed=str(error),
+                    help="`tokcc inspect MODEL` lists layers and heads",
+                ) from error
+    first = min(layers)
+    sizes = {
+        "query_heads": int(shapes[first][1]),
+        "heads": int(nodes[sites[first].new_key].meta["val"].shape[1]),
+        "head_width": int(shapes[first][3]),
+        "layers": len(sites),
+    }
+    score = None if score is None else with_weights(score, sizes, folder=policy.folder, where=place("score"))
+    select = with_weights(select, sizes, folder=policy.folder, where=place("select"))
+    for layer, count in zip(layers, counts, strict=True):
+        if count.kind == "remove":
+            raise PlanError(
+                "`remove` is not a budget of sparse attention",
+                policy=place("budget"),
+                needed="`tokens` or `keep`",
+                help="say how much a query reads: `budget: {tokens: 1024}`",
+            )
+        wants = any(getattr(piece, "unturned", False) for piece in parts_of(score, select))
+        rotations = key_rotations(program, sites[layer], place("score")) if wants else None
+        yield PlannedSparse(
+            step=number,
+            layer=layer,
+            name=step.name,
+            where=policy.where(("steps", number)),
+            new=new,
+            least=step.at.length or 0,
+            block_q=blocks.query,
+            block_k=blocks.key,
+            budget=_in_blocks(count, blocks.key),
+            score=score,
+            select=select,
+            rotations=rotations,
+        )
+
+
+def _in_blocks(count: Count, block: int) -> Count:
+    """Return a number of tokens as a number of blocks, rounded up; a share stays one."""
+    if count.kind != "tokens":
+        return count
+    return Count("tokens", Fraction(-(-int(count.amount) // block)))
+
+
+def _layers(
+    policy: LoadedPolicy, number: int, step: Step, windows: Sequence[int], warnings: list[str]
+) -> tuple[int, ...]:
+    place = policy.where(("steps", number, "at", "layers"))
+    try:
+        layers = step.at.resolve(len(windows))
+    except ValueError as error:
+        raise PlanError(
+            str(error),
+            policy=place,
+            needed=f"layers between 0 and {len(windows) - 1}: the model has {len(windows)}",
+            help="`tokcc inspect MODEL` lists the layers",
+        ) from error
+    wide = tuple(layer for layer in layers if not windows[layer])
+    if not wide:
+        raise PlanError(
+            "every chosen layer has a sliding window and reads few keys as it is",
+            policy=place,
+            needed="layers that see the whole sequence",
+            help="compile with `--policy none`",
+        )
+    if len(wide) < len(layers):
+        left = ", ".join(str(layer) for layer in layers if windows[layer])
+        warnings.append(f"layers {left} have sliding windows, and their attention stays as it is")
+    return wide

@@ -1,0 +1,1 @@
+"""Scores of sparse attention: one class per file."""

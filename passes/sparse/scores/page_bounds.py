@@ -1,0 +1,56 @@
+"""Blocks by how large the product of the query with any of their keys could be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from tokcc.ir.builder import Builder
+from tokcc.passes.cache.pages import PageState, Touched
+from tokcc.passes.sparse.cut import SparseCut
+from tokcc.passes.sparse.piece import SparseScore
+
+__all__ = ["PageBounds"]
+
+_BOUNDS = "key_bounds"
+
+
+class PageBounds(SparseScore):
+    """Quest (arXiv:2406.10774, eq. 1): ``sum over c of max(q_c * max_c, q_c * min_c)`` over the keys of a block.
+
+    What is remembered: the largest and the smallest number of every channel, ``[B, Hkv, blocks, 2 * D]``. Of the bound
+    the positive channels of a query want the one and the negative ones the other: one product.
+    """
+
+    kind: ClassVar[str] = "page_bounds"
+
+    def check(self, block_q: int, block_k: int) -> None:
+        """See :class:`SparseScore`."""
+        del block_k
+        if block_q != 1:
+            raise ValueError(f"one query at a time, not blocks of {block_q}")
+
+    def states(self, kv_heads: int, width: int, dtype: torch.dtype, block: int) -> tuple[PageState, ...]:
+        """See :class:`SparseScore`."""
+        return (PageState(_BOUNDS, kv_heads, 2 * width, block, dtype),)
+
+    def remembered(self, b: Builder, layer: int, pages: Touched) -> Mapping[str, Any]:
+        """See :class:`SparseScore`."""
+        del layer
+        limits = torch.finfo(b.dtype(pages.key))
+        real = b.unsqueeze(b.unsqueeze(pages.real, 1), 4)  # [B, 1, R, every, 1]
+        high = b.amax(b.where(real, pages.key, limits.min), 3)
+        low = b.amin(b.where(real, pages.key, limits.max), 3)
+        # Blocks of padding alone are never seen; their numbers stay numbers.
+        some = b.compare("gt", b.sum(b.cast(pages.real, torch.int64), 2), 0)  # [B, R]
+        bounds = b.cat([high, low], 3)
+        return {_BOUNDS: b.where(b.unsqueeze(b.unsqueeze(some, 1), 3), bounds, 0.0)}
+
+    def emit(self, cut: SparseCut) -> Any:
+        """See :class:`SparseScore`."""
+        b = cut.b
+        positive = b.clamp_min(cut.query, 0.0)
+        both = b.cat([positive, b.sub(cut.query, positive)], 3)  # [B, H, MQ, 2 * D]
+        return cut.of_blocks(cut.products(both, cut.states[_BOUNDS]))

@@ -1,0 +1,1 @@
+"""Selectors of sparse attention: one class per file."""

@@ -1,0 +1,50 @@
+"""``make gpu-check`` knows every kernel, and says so where there is no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import environment, gpu_check
+from benchmarks.gpu_check_cases import CHECKS, causal_lists
+from tokcc.kernels.decompositions import overload, triton_forms
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_every_kernel_has_inputs() -> None:
+    assert sorted(CHECKS) == sorted(triton_forms())
+
+
+@pytest.mark.parametrize("op", sorted(CHECKS))
+def test_the_inputs_are_what_the_operation_takes(op: str) -> None:
+    for found in gpu_check.tensors(overload(op)(*CHECKS[op].small(torch.float32))):
+        assert found.isfinite().all()
+
+
+def test_lists_ascend_and_end_on_the_diagonal() -> None:
+    index, count = causal_lists(300, 500, 32, 4, 2, torch.device("cpu"))
+    for head in range(2):
+        for m in range(index.shape[2]):
+            ids = index[0, head, m, : count[0, head, m]].tolist()
+            assert ids == sorted(set(ids))
+            assert ids[-1] == min(6 + m, 15)
+
+
+def test_without_a_gpu_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(environment, "RESULTS", tmp_path)
+    assert gpu_check.main([]) == 1
+    assert "not run" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_every_kernel_is_right_on_this_gpu() -> None:
+    device = torch.device("cuda")
+    results = [gpu_check.correct(op, dtype, device) for op in sorted(CHECKS) for dtype in gpu_check.DTYPES]
+    assert [result for result in results if not result["ok"]] == []

@@ -1,0 +1,114 @@
+"""Sparse attention by block: dense where everything is read, in short calls, and in those of another stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.sparse.engine import assert_equals_rule
+from tests.sparse.oracle import Look, blocks_to_tokens
+
+BLOCK = 4
+
+
+def long_form(**changes: Any) -> dict[str, Any]:
+    step = {
+        "node": "sparse_attention",
+        "blocks": {"query": BLOCK, "key": BLOCK},
+        "score": {"kind": "pooled"},
+        "select": {"kind": "best", "sinks": 1},
+        "budget": {"tokens": 12},
+    }
+    return {"version": 1, "name": "own", "steps": [{**step, **changes}]}
+
+
+def means(x: Tensor, block: int) -> Tensor:
+    """``[H, N, D]`` -> ``[H, blocks, D]``."""
+    return torch.stack([part.double().mean(1) for part in x.split(block, 1)], 1)
+
+
+def pooled_rule(
+    keep: int, *, share: str = "each", sinks: int = 1, block_q: int = BLOCK, block_k: int = BLOCK, layers: Any = None
+) -> Any:
+    def rule(look: Look) -> Tensor | None:
+        if layers is not None and look.layer not in layers:
+            return None
+        query, key = means(look.query, block_q), means(look.repeated, block_k)
+        score = query @ key.transpose(1, 2) * look.scale
+        groups = look.query.shape[0] // look.key.shape[0]
+        if share == "group_max":
+            score = score.unflatten(0, (-1, groups)).amax(1).repeat_interleave(groups, 0)
+        if share == "group_mean":
+            score = score.unflatten(0, (-1, groups)).mean(1).repeat_interleave(groups, 0)
+        if share == "all_mean":
+            score = score.mean(0, keepdim=True).expand_as(score)
+        past = look.total - look.new
+        table = torch.zeros(score.shape, dtype=torch.bool)
+        for head, row in ((h, r) for h in range(table.shape[0]) for r in range(table.shape[1])):
+            first = past + row * block_q
+            last = min(first + block_q, look.total) - 1
+            must = {*range(first // block_k, last // block_k + 1), *range(min(sinks, last // block_k + 1))}
+            rest = [j for j in range(last // block_k + 1) if j not in must]
+            rest.sort(key=lambda j: -float(score[head, row, j]))
+            table[head, row, [*sorted(must), *rest][: max(keep, len(must))][:keep]] = True
+        return blocks_to_tokens(table, block_q, block_k, look.new, look.total)
+
+    return rule
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt-neox", "llama-mqa"])
+def test_pooled_blocks(family: str, tmp_path: Path) -> None:
+    assert_equals_rule(family, long_form(), pooled_rule(3), tmp_path)
+
+
+@pytest.mark.parametrize("share", ["group_max", "group_mean", "all_mean"])
+def test_heads_that_share_a_list(share: str, tmp_path: Path) -> None:
+    select = {"kind": "best", "sinks": 1, "share": share}
+    assert_equals_rule("llama", long_form(select=select), pooled_rule(3, share=share), tmp_path)
+
+
+def test_blocks_of_two_sizes(tmp_path: Path) -> None:
+    wanted = long_form(blocks={"query": 8, "key": 4}, budget={"tokens": 16})
+    assert_equals_rule("llama", wanted, pooled_rule(4, block_q=8), tmp_path)
+
+
+def test_capped_logits(tmp_path: Path) -> None:
+    # The first layer has a sliding window, and stays as it is.
+    wanted = long_form()
+    engine = assert_equals_rule("gemma2", wanted, lambda look: _windowed(look, pooled_rule(3)), tmp_path)
+    assert list(engine.plan.sparse) == [layer for layer, w in enumerate(engine.plan.windows) if not w]
+    assert any("sliding" in warning for warning in engine.plan.warnings)
+
+
+def _windowed(look: Look, rule: Any) -> Tensor | None:
+    if look.layer % 2:
+        return rule(look)
+    near = torch.arange(look.total) > torch.arange(look.total - look.new, look.total)[:, None] - 8
+    return near[None]
+
+
+def test_everything_is_dense(tmp_path: Path) -> None:
+    assert_equals_rule("llama", long_form(budget={"keep": 1.0}), lambda look: None, tmp_path)
+
+
+def test_short_calls_stay_dense(tmp_path: Path) -> None:
+    wanted = long_form(at={"length": 50})
+    sparse = pooled_rule(3)
+    assert_equals_rule(
+        "llama", wanted, lambda look: sparse(look) if look.total >= 50 else None, tmp_path, padding=(0, 0)
+    )
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_one_stage(stage: str, tmp_path: Path) -> None:
+    sparse = pooled_rule(3)
+    wanted = long_form(at={"stage": stage, "layers": [0, 2]})
+
+    def rule(look: Look) -> Tensor | None:
+        return sparse(look) if (look.new > 1) == (stage == "prefill") and look.layer != 1 else None
+
+    assert_equals_rule("llama", wanted, rule, tmp_path)
