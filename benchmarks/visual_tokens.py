@@ -92,6 +92,11 @@ def by_stage(keep: float) -> dict[str, Any]:
     return {"keep": keep ** (1 / _STAGES)}
 
 
+def by_tier(keep: float) -> dict[str, Any]:
+    """The same for three tiers: what is condensed goes, too, and twice as much as what is removed."""
+    return {"rate": (2 + keep ** (1 / _STAGES)) / 3}
+
+
 def by_layer(keep: float) -> dict[str, Any]:
     """Tokens to merge in each layer."""
     return {"r": round((PATCHES - count(keep)) / LAYERS)}
@@ -135,7 +140,7 @@ METHODS: dict[str, dict[str, Arguments]] = {
         "random": by_stage,
         "uniform": by_stage,
         "evit": by_stage,
-        "tca": lambda keep: {"rate": max(0.5, keep ** (1 / _STAGES))},
+        "tca": by_tier,
         "token-transforming": by_stage,
         "tome": by_layer,
         "dymu": by_layer,
@@ -151,7 +156,6 @@ METHODS: dict[str, dict[str, Arguments]] = {
     BEHIND: {
         "random": lambda keep: {"at": _OUTPUT, **share(keep)},
         "uniform": lambda keep: {"at": _OUTPUT, **share(keep)},
-        "audio-avgpool": lambda keep: {"stride": round(1 / keep), "protect": {"first": 1}},
         "divprune": share,
         "fastervlm": tokens,
         "hiprune": tokens,

@@ -228,7 +228,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "perplexity": _perplexity,
     "perplexity_more": _perplexity_more,
 }
-PAGES = ("README.md", "docs/decoders.md", "docs/sparse_attention.md", "docs/vlm.md")
+PAGES = ("README.md", "docs/decoders.md", "docs/sparse_attention.md", "docs/visual_tokens.md", "docs/vlm.md")
 
 
 def render(name: str) -> str | None:
