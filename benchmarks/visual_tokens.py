@@ -152,6 +152,7 @@ METHODS: dict[str, dict[str, Arguments]] = {
         "spatten-topk": share,
         "zero-tprune": duplicates_and_share,
         "flowcut": schedule,
+        "mustdrop": lambda keep: {"remove": PATCHES - count(keep)},
     },
     BEHIND: {
         "random": lambda keep: {"at": _OUTPUT, **share(keep)},
@@ -165,6 +166,7 @@ METHODS: dict[str, dict[str, Arguments]] = {
         "var-sink": share,
         "visiondrop": contextual,
         "visionzip": contextual,
+        "vflowopt": share,
         "vispruner": tokens,
         "vqtoken": tokens,
         "vtc-cls": tokens,

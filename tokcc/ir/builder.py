@@ -414,22 +414,30 @@ class GraphBuilder(Builder):
             value: Any = fake_result(node.target, args)
             if value is None:
                 value = node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target is callable
-            node.meta["val"] = self._renamed(value)
+            node.meta["val"] = self._renamed(value, self._example(node.target))
         self.inputs.after(node)
 
-    def _renamed(self, value: Any) -> Any:
+    def _example(self, target: Any) -> int | None:
+        """Return an example of the number of blocks that an operation cuts; None = what the example's sizes give.
+
+        Short examples have one block, and of an example of 1 torch would believe that it is never anything else.
+        """
+        cuts = isinstance(target, torch._ops.OpOverload) and target.name() == "tokcc::split_blocks"
+        return 67 + 10 * len(self._symbols) if cuts else None
+
+    def _renamed(self, value: Any, example: int | None) -> Any:
         """Replace every size that is more than a difference by a symbol of its own."""
         if isinstance(value, torch.SymInt):
-            return self._symbol_for(value)
+            return self._symbol_for(value, example)
         if isinstance(value, list | tuple):
-            return type(value)(self._renamed(item) for item in value)
+            return type(value)(self._renamed(item, example) for item in value)
         if not isinstance(value, torch.Tensor) or not any(_compound(size) for size in value.shape):
             return value
-        sizes = [self._symbol_for(size) for size in value.shape]
+        sizes = [self._symbol_for(size, example) for size in value.shape]
         with self.fake_mode:
             return torch.empty(sizes, dtype=value.dtype, device=value.device)
 
-    def _symbol_for(self, size: Any) -> Any:
+    def _symbol_for(self, size: Any, example: int | None) -> Any:
         """Give a compound size its own symbol.
 
         A schedule over many layers nests minima and divisions; carried along as one expression, every shape check would
@@ -440,8 +448,7 @@ class GraphBuilder(Builder):
             return size
         expression = size.node.expr
         if expression not in self._symbols:
-            # Of an example of 0 or 1 torch would believe that it is never anything else.
-            made = self.free_size(max(int(size.node.hint), 2))
+            made = self.free_size(int(size.node.hint) if example is None else example)
             if not isinstance(made, torch.SymInt):
                 return size
             self._symbols[expression] = made
