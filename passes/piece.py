@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo
@@ -38,6 +39,7 @@ _USES = {
     "prompt": "prompts of decoders",
     "cache": "caches of decoders",
     "sparse": "sparse attention of decoders",
+    "sparse.grids": "sparse attention of encoders",
 }
 """What pieces are for, by where their folders lie."""
 
@@ -219,8 +221,11 @@ def _elsewhere(kind: str, folder: str) -> str | None:
     own, _, group = folder.rpartition(".")
     if group not in ("scores", "selectors", "reducers"):
         return None
-    others = (other for other in _USES if other != own)
-    return next((_USES[other] for other in others if kind in pieces(f"{other}.{group}".lstrip("."))), None)
+    for use in (use for use in _USES if use != own):
+        folder = f"{use}.{group}".lstrip(".")
+        if find_spec(f"tokcc.passes.{folder}") is not None and kind in pieces(folder):  # not all have all groups
+            return _USES[use]
+    return None
 
 
 def other_piece(base: type[Piece], folder: str) -> BeforeValidator:

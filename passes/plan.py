@@ -17,6 +17,8 @@ from tokcc.passes.inputs import EngineInput, declared_inputs
 from tokcc.passes.methods import library
 from tokcc.passes.piece import Piece, Reducer, Score, Selector, parts_of, resolve_piece, scores_of
 from tokcc.passes.reduction import PlannedReduction
+from tokcc.passes.sparse.grids.attend import PlannedGrid
+from tokcc.passes.sparse.grids.planning import plan_grid
 from tokcc.passes.trained import with_weights
 
 __all__ = ["Plan", "make_plan"]
@@ -35,6 +37,7 @@ class Plan:
         reductions: In execution order.
         warnings: What the report must say.
         made: Filled by the walk: the space behind each reduction, the one before it again where it removes nothing.
+        sparse: The attentions that read less, by layer.
     """
 
     policy: LoadedPolicy
@@ -42,6 +45,17 @@ class Plan:
     reductions: tuple[PlannedReduction, ...]
     warnings: tuple[str, ...] = ()
     made: list[TokenSpace] = field(default_factory=list)
+    sparse: tuple[PlannedGrid, ...] = ()
+
+    @property
+    def planned(self) -> tuple[PlannedReduction | PlannedGrid, ...]:
+        """Everything that is done."""
+        return (*self.reductions, *self.sparse)
+
+    @property
+    def layers(self) -> list[int]:
+        """Where something is done, in order; a layer once for each step."""
+        return [planned.layer for planned in self.planned]
 
     @property
     def inputs(self) -> tuple[EngineInput, ...]:
@@ -59,7 +73,7 @@ class Plan:
         Layers where nothing goes are among them: schedules, ramps and trained weights count the chosen layers.
         """
         data = self.policy.policy.to_dict()
-        for number in {reduction.step for reduction in self.reductions}:
+        for number in {planned.step for planned in self.planned}:
             step = self.policy.policy.steps[number]
             if step.at.site not in ("encoder_output", "projector_output"):
                 data["steps"][number]["at"]["layers"] = list(step.at.resolve(len(self.sites.layers)))
@@ -87,13 +101,59 @@ def make_plan(policy: LoadedPolicy, sites: Sites, *, advise: bool = True) -> Pla
             found=f"the other is {policy.where(('steps', conflict[0]))}",
             help="give the steps different layers or sites",
         )
+    sparse = _plan_sparse(policy, sites)
     made: list[TokenSpace] = []
     for number, step in enumerate(policy.policy.steps):
+        if step.node == "sparse_attention":
+            continue
         reductions += _plan_step(policy, number, step, sites, made, advise=advise)
     # What is at the end of a layer comes before what is in front of the next one.
     reductions.sort(key=lambda r: (sites.order[r.cut], r.reduce.bypasses, r.step))
     refuse_cuts_inside(sites, reductions)
-    return Plan(policy, sites, tuple(reductions), tuple(_shortfalls(reductions, sites)), made)
+    return Plan(policy, sites, tuple(reductions), tuple(_shortfalls(reductions, sites)), made, sparse)
+
+
+def _plan_sparse(policy: LoadedPolicy, sites: Sites) -> tuple[PlannedGrid, ...]:
+    """Plan the attentions that read less.
+
+    Raises:
+        PlanError: Two steps want one layer, or other steps remove tokens of the grid.
+    """
+    steps = policy.policy.steps
+    numbers = [number for number, step in enumerate(steps) if step.node == "sparse_attention"]
+    others = [number for number in range(len(steps)) if number not in numbers]
+    found: dict[int, PlannedGrid] = {}
+    for number in numbers:
+        _refuse_decoder(policy, number, steps[number])
+        if others:
+            raise PlanError(
+                "sparse attention and steps that remove tokens cannot go together in one encoder",
+                policy=policy.where(("steps", number)),
+                needed="all tokens of the grid, in every layer",
+                found=f"the other step is {policy.where(('steps', others[0]))}",
+                help="use one of the two",
+            )
+        layers = _layers(policy, number, steps[number], sites)
+        for planned in plan_grid(policy, number, steps[number], sites, layers):
+            if planned.layer in found:
+                raise PlanError(
+                    f"two steps replace the attention of layer {planned.layer}",
+                    policy=planned.where,
+                    found=f"the first is {found[planned.layer].where}",
+                    help="give the steps different layers",
+                )
+            found[planned.layer] = planned
+    return tuple(found[layer] for layer in sorted(found))
+
+
+def _refuse_decoder(policy: LoadedPolicy, number: int, step: Step) -> None:
+    if step.at.part == "decoder" or step.node == "unmerge":
+        raise PlanError(
+            "the step is for a decoder's prompt, and the model has no key-value cache",
+            policy=policy.where(("steps", number, "at")),
+            needed="a decoder that takes its past keys and values as inputs and returns them, grown",
+            help="compile a causal language model (`--task text-generation`), or leave `part: decoder` out",
+        )
 
 
 def _plan_step(
@@ -107,13 +167,7 @@ def _plan_step(
             needed="a decoder that takes its past keys and values as inputs and returns them, grown",
             help="compile a causal language model (`--task text-generation`), or use a `prune` or `merge` step",
         )
-    if step.at.part == "decoder" or step.node == "unmerge":
-        raise PlanError(
-            "the step is for a decoder's prompt, and the model has no key-value cache",
-            policy=policy.where(("steps", number, "at")),
-            needed="a decoder that takes its past keys and values as inputs and returns them, grown",
-            help="compile a causal language model (`--task text-generation`), or leave `part: decoder` out",
-        )
+    _refuse_decoder(policy, number, step)
     if step.node == "filter_scan":
         raise PlanError(
             "the model carries no states from call to call whose scans could be filtered",
@@ -293,7 +347,7 @@ def _fitting_presets(sites: Sites) -> str:
 
 def _fits(name: str, sites: Sites) -> bool:
     try:
-        return bool(make_plan(load_policy(name, presets=library()), sites, advise=False).reductions)
+        return bool(make_plan(load_policy(name, presets=library()), sites, advise=False).layers)
     except TokccError:
         return False
 

@@ -35,7 +35,7 @@ __all__ = ["Propagate", "finish", "reduce_walk", "refuse_fixed_sizes"]
 def reduce_walk(
     program: Program, plan: Plan, builder: Builder, inputs: dict[str, Any] | None = None
 ) -> tuple[Walk, OutputPlan]:
-    """Walk a program with the plan's reductions, on a graph or eagerly.
+    """Walk a program with the plan's reductions and sparse attentions, on a graph or eagerly.
 
     Returns:
         The walk and the output values, contracts applied, with their names appended for new ones.
@@ -44,6 +44,8 @@ def reduce_walk(
     actions: dict[str, list[Action]] = {}
     for reduction in plan.reductions:
         actions.setdefault(reduction.cut, []).append(reduction)
+    for planned in plan.sparse:
+        actions.setdefault(planned.site.output, []).append(planned)
     bypassed = bypassed_layers(program, plan.sites, plan.reductions)
     for name, layer in bypassed.items():
         actions[name] = [layer, *actions.get(name, ())]  # what else is cut there is cut of all tokens
@@ -81,7 +83,7 @@ class Propagate:
 
     def run(self, program: Program) -> PassResult:
         """Apply the pass."""
-        if not self.plan.reductions and not self.plan.outputs:
+        if not self.plan.reductions and not self.plan.sparse and not self.plan.outputs:
             return PassResult(program, False)
         builder = GraphBuilder(fake_mode_of(program))
         _, outputs = reduce_walk(program, self.plan, builder)

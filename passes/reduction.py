@@ -21,7 +21,7 @@ from tokcc.passes.cut import AttentionView, Chosen, Cut
 from tokcc.passes.padding import padding_of
 from tokcc.passes.piece import Reducer, Score, Selector
 
-__all__ = ["PlannedReduction"]
+__all__ = ["PlannedReduction", "attention_source"]
 
 aten = torch.ops.aten
 
@@ -96,7 +96,7 @@ class PlannedReduction:
         x = value.handle if axis == 1 else b.transpose(value.handle, 0, 1)
         if space.root.real is None and self.sites.layers:
             space.root.real = padding_of(walk, self.sites, self.layer)
-        attention = _attention_source(walk, self.sites, space, self.layer)
+        attention = attention_source(walk, self.sites, space, self.layer)
         cut = Cut(
             ctx=walk.ctx,
             x=x,
@@ -216,7 +216,7 @@ def _mixer_source(walk: Walk, sites: Sites, space: TokenSpace, layer: int) -> Ca
     return mixed
 
 
-def _attention_source(walk: Walk, sites: Sites, space: TokenSpace, own: int) -> Callable[..., AttentionView]:
+def attention_source(walk: Walk, sites: Sites, space: TokenSpace, own: int) -> Callable[..., AttentionView]:
     """Return what reads a layer's attention in the current token space."""
 
     def attention(layer: int | None = None) -> AttentionView:

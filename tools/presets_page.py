@@ -163,7 +163,8 @@ def kind_of(preset: Preset) -> str:
     """Return what a preset is for: `encoder`, `prompt`, `cache`, `sparse` or `scan`."""
     if "filter_scan" in preset.nodes:
         return "scan"
-    if "sparse_attention" in preset.nodes:
+    sparse = [step for step in preset.steps if step["node"] == "sparse_attention"]
+    if any(step.get("at", {}).get("part") != "encoder" for step in sparse):
         return "sparse"
     if any(node in ("evict_kv", "store_kv") for node in preset.nodes):
         return "cache"

@@ -87,6 +87,12 @@ class TestDiscovery:
         assert "uniform" in (caught.value.needed or "")
         assert caught.value.policy == "policy.yaml:4"
 
+    def test_kinds_of_other_groups_say_what_they_are_for(self) -> None:
+        with pytest.raises(PolicyError, match="`regions` is for sparse attention of encoders"):
+            resolve_piece(PieceSpec(kind="regions"), Selector, "selectors", "here")
+        with pytest.raises(PolicyError, match="unknown reducer `thrown_away`"):  # not all groups have reducers
+            resolve_piece(PieceSpec(kind="thrown_away"), Reducer, "reducers", "here")
+
     def test_unknown_parameter_names_the_nearest(self) -> None:
         with pytest.raises(PolicyError, match="relevence") as caught:
             resolve_piece(PieceSpec.model_validate({"kind": "greedy", "relevence": 0.5}), Selector, "selectors", "here")

@@ -20,6 +20,7 @@ _SINGLE = {"tokens": 8, "length": 0, "at": {"layers": "1:"}}
 
 ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     # Encoders: 4 layers, 21 (text) or 64 tokens beside special ones.
+    "biformer": {"regions": 4, "k": 3},
     "cdpruner": {"tokens": 12},
     "dymu": {"r": 5},
     "dynamicvit": {"at": {"layers": [0, 1, 2]}},

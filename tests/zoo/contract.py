@@ -159,7 +159,8 @@ def _acts(reduced: Reduced) -> bool:
     assert reduced.plan is not None
     plan = reduced.plan
     # What passes a layer by leaves no reduced tokens behind.
-    return any(space.reduced for space in plan.made) or any(planned.reduce.bypasses for planned in plan.reductions)
+    bypassed = any(planned.reduce.bypasses for planned in plan.reductions)
+    return bool(plan.sparse) or bypassed or any(space.reduced for space in plan.made)
 
 
 def _compare_encoder(case: Case, entry: ZooModel, reduced: Reduced, session: Session) -> Row:

@@ -19,6 +19,7 @@ from tokcc.passes.cache.rating import TokenRating
 from tokcc.passes.methods import library
 from tokcc.passes.piece import Piece, Reducer, Score, Selector, parts_of, resolve_piece
 from tokcc.passes.scan.piece import ScanSelector
+from tokcc.passes.sparse.grids.piece import GridSelector
 from tokcc.passes.sparse.piece import SparseScore, SparseSelector
 from tokcc.passes.trained import Trained
 
@@ -48,6 +49,7 @@ _SPARSE: tuple[tuple[str, type[Piece], str], ...] = (
     ("score", SparseScore, "sparse.scores"),
     ("select", SparseSelector, "sparse.selectors"),
 )
+_GRIDS: tuple[tuple[str, type[Piece], str], ...] = (("select", GridSelector, "sparse.grids.selectors"),)
 _SCANS: tuple[tuple[str, type[Piece], str], ...] = (("select", ScanSelector, "scan.selectors"),)
 
 
@@ -106,7 +108,8 @@ def _pieces(step: Step) -> Iterator[Piece]:
         if step.score is not None:
             yield resolve_piece(step.score, TokenRating, "cache.ratings", "trained")
         return
-    for key, base, folder in {"filter_scan": _SCANS, "sparse_attention": _SPARSE}.get(step.node, _PIECES):
+    sparse = _GRIDS if step.at.part == "encoder" else _SPARSE
+    for key, base, folder in {"filter_scan": _SCANS, "sparse_attention": sparse}.get(step.node, _PIECES):
         spec: PieceSpec | None = getattr(step, key)
         if spec is not None:
             yield resolve_piece(spec, base, folder, "trained")

@@ -34,6 +34,7 @@ _BETWEEN = {
     aten.tanh.default,
     aten.maximum.default,
 }
+_UNCHANGED = {aten._to_copy.default, aten.reshape.default, aten.clone.default, aten.type_as.default}
 _MAX_STEPS = 8
 
 
@@ -51,6 +52,8 @@ class AttentionSite:
         scale: Factor of the logits of a fused attention.
         causal: The fused attention's causal flag.
         transposed: The key arrives transposed.
+        plain_scale: Factor of the logits where nothing else happens to them before the softmax; None where something is
+            added to them, or some are masked.
     """
 
     output: str
@@ -62,6 +65,7 @@ class AttentionSite:
     scale: float | None = None
     causal: bool = False
     transposed: bool = False
+    plain_scale: float | None = None
 
     @property
     def mixes(self) -> str:
@@ -96,14 +100,17 @@ def _fused(node: fx.Node) -> AttentionSite:
     scale = node.kwargs.get("scale")
     query: Any = node.args[0]
     width = query.meta["val"].shape[-1]
+    factor = float(scale) if isinstance(scale, int | float) else float(width) ** -0.5
+    causal = bool(_argument(node, 5, "is_causal", False))
     return AttentionSite(
         output=node.name,
         query=query.name,
         key=str(node.args[1]),
         value=str(node.args[2]),
         mask=mask.name if isinstance(mask, fx.Node) else None,
-        scale=float(scale) if isinstance(scale, int | float) else float(width) ** -0.5,
-        causal=bool(_argument(node, 5, "is_causal", False)),
+        scale=factor,
+        causal=causal,
+        plain_scale=factor if mask is None and not causal else None,
     )
 
 
@@ -125,6 +132,7 @@ def _written_out(softmax: fx.Node) -> AttentionSite | None:
                         value=str(user.args[-1]),
                         probs=probs.name,
                         transposed=True,
+                        plain_scale=_plain_scale(softmax, product),
                     )
         onward = [
             u for u in probs.users if u.target in (aten._to_copy.default, aten.dropout.default, aten.reshape.default)
@@ -154,6 +162,24 @@ def _logits(softmax: fx.Node) -> fx.Node | None:
             return None
         node = following[0]
     return None
+
+
+def _plain_scale(softmax: fx.Node, product: fx.Node) -> float | None:
+    """Return what the logits are multiplied by between their product and the softmax; None where more happens."""
+    if product.target is aten.baddbmm.default:
+        return None
+    factor = 1.0
+    node: Any = softmax.args[0]
+    while node is not product:
+        by: Any = node.args[1] if len(node.args) > 1 else None
+        if node.target is aten.mul.Tensor and isinstance(by, int | float):
+            factor *= by
+        elif node.target is aten.div.Tensor and isinstance(by, int | float):
+            factor /= by
+        elif node.target not in _UNCHANGED:
+            return None
+        node = node.args[0]
+    return factor
 
 
 def _reaches_product(node: fx.Node, steps: int) -> bool:

@@ -12,6 +12,7 @@ from torch import fx
 from tokcc.analysis.attention_sites import AttentionSite, attention_sites
 from tokcc.analysis.dominators import Stream, find_stream
 from tokcc.analysis.mixer_sites import MixerSite, mixer_sites
+from tokcc.analysis.origins import laid_out, looked_up
 from tokcc.analysis.sampling_sites import SamplingSite, sampling_sites
 from tokcc.analysis.special_tokens import middle_token, special_tokens
 from tokcc.analysis.walk import Entry, Walk
@@ -77,6 +78,9 @@ class Sites:
         lost: Why the axes of a node could not be derived, by node name.
         order: Execution order by node name.
         middle: Place of a class token that stands between the other tokens, or None.
+        laid_out: Sizes of the axes along which the tokens lie that are not special, where a convolution makes them:
+            rows and columns of an image, frames, rows and columns of a video, or the length of a sound.
+        looked_up: The tokens are looked up in a table by ids that the caller gives: they are words.
     """
 
     entry: Entry
@@ -90,6 +94,8 @@ class Sites:
     lost: dict[str, AxisError] = field(repr=False)
     order: dict[str, int] = field(repr=False)
     middle: int | None = None
+    laid_out: tuple[int, ...] | None = None
+    looked_up: bool = False
 
     def has_tokens(self, name: str) -> bool:
         """Return True when a node's value carries the token axis."""
@@ -163,6 +169,8 @@ def find_sites(program: Program) -> Sites:
         lost=walk.lost,
         order={node.name: i for node, i in stream.order.items()},
         middle=middle,
+        laid_out=laid_out(entry_node, walk.tokens.old, prefix + suffix),
+        looked_up=looked_up(program, entry_node),
     )
 
 

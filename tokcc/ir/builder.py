@@ -422,7 +422,8 @@ class GraphBuilder(Builder):
 
         Short examples have one block, and of an example of 1 torch would believe that it is never anything else.
         """
-        cuts = isinstance(target, torch._ops.OpOverload) and target.name() == "tokcc::split_blocks"
+        schema = getattr(target, "_schema", None)
+        cuts = schema is not None and schema.name == "tokcc::split_blocks"
         return 67 + 10 * len(self._symbols) if cuts else None
 
     def _renamed(self, value: Any, example: int | None) -> Any:

@@ -163,6 +163,12 @@ def _follow(
             needed="; ".join(f"{spec.name}: {spec.doc}" for spec in plan.inputs),
             help="compile it, and feed the engine these",
         )
+    if plan.sparse:
+        raise PlanError(
+            "it removes no tokens: they read less of each other",
+            needed="a method that prunes or merges",
+            help="compile it: the report says what it costs and gains",
+        )
     kept = tuple(kept_tokens(program, plan, feeds, pixels.shape[:2]))
     if any(stage.grid is None for stage in kept):
         raise PlanError(

@@ -137,7 +137,7 @@ class Inspection:
             return [planned.layer for planned in make_scan_plan(policy, self.program, self.scans).filters]
         if self.sites is None:
             return sorted({part.layer for part in make_cache_plan(policy, self.program, self.caches).parts})
-        return [reduction.layer for reduction in make_plan(policy, self.sites, advise=False).reductions]
+        return make_plan(policy, self.sites, advise=False).layers
 
 
 def _middle(sites: Sites) -> dict[str, int]:

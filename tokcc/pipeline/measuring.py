@@ -199,6 +199,7 @@ def _rows(reduced: Reduced, before: Ledger, after: Ledger, shapes: Mapping[str, 
     by_layer: dict[int, list[tuple[Any, Any]]] = {}
     for reduction, space in zip(reduced.plan.reductions, reduced.plan.made, strict=True):
         by_layer.setdefault(reduction.layer, []).append((reduction, space))
+    sparse = {planned.layer: planned.name for planned in reduced.plan.sparse}
     for index in range(len(reduced.sites.layers)):
         cost = {
             "flops_before": before.blocks[index].flops,
@@ -208,7 +209,8 @@ def _rows(reduced: Reduced, before: Ledger, after: Ledger, shapes: Mapping[str, 
         }
         steps = by_layer.get(index, [])
         if not steps:
-            rows.append(LayerRow(layer=index, tokens_in=current, tokens_out=current, **cost))
+            place = {"site": "attention", "step": sparse[index]} if index in sparse else {}
+            rows.append(LayerRow(layer=index, tokens_in=current, tokens_out=current, **place, **cost))
         for reduction, space in steps:
             left = _number(space.size, bindings)
             rows.append(

@@ -1,0 +1,1 @@
+"""Sparse attention of encoders whose tokens are a grid."""

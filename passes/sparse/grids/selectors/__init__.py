@@ -1,0 +1,1 @@
+"""Selectors of regions of a grid, one class per file."""
