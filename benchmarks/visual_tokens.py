@@ -152,7 +152,6 @@ METHODS: dict[str, dict[str, Arguments]] = {
         "spatten-topk": share,
         "zero-tprune": duplicates_and_share,
         "flowcut": schedule,
-        "mustdrop": lambda keep: {"remove": PATCHES - count(keep)},
     },
     BEHIND: {
         "random": lambda keep: {"at": _OUTPUT, **share(keep)},
