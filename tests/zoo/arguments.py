@@ -84,6 +84,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "mpcache": {**_CACHE, "recent": 3},
     "oscar": {"group": 4, "tail": 8},
     "pyramidkv": _WINDOWED,
+    "leoam": {**_SINGLE, "chunk": 4},
     "quest": {**_SINGLE, "page": 4},
     "razor-attention": {"sinks": 2, "recent": 6, "echo": 0.09, "induction": 0.0},
     "sinklora": _CACHE,
