@@ -20,7 +20,7 @@ ops = torch.ops.tokcc
 
 HIDDEN = -1e30
 """Rating of a block that no query of the row may see."""
-FORCED = 1e30
+FORCED = 1e24
 """Rating of a block that is always read."""
 
 Turn = Callable[[Any, Any], Any]

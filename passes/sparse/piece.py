@@ -115,10 +115,15 @@ class SparseSelector(_SparsePiece):
         """
 
     def rated(self, cut: SparseCut, score: Any) -> Any:
-        """Return the ratings of those who have a list, ``[B, Hs, MQ, M]``: what must be read wins, the rest loses."""
+        """Return the ratings of those who have a list, ``[B, Hs, MQ, M]``: what must be read wins, the rest loses.
+
+        Where more must be read than the budget allows, the newest blocks are: of equal ones runtimes choose others.
+        """
         b = cut.b
         rating = cut.shared(score, self.share)
-        return b.where(self.forced(cut), FORCED, b.where(cut.visible, rating, HIDDEN))
+        place = b.cast(b.add(b.arange(cut.blocks, cut.key), 1), torch.float32)  # [M]
+        must = b.mul(place, FORCED)
+        return b.where(self.forced(cut), must, b.where(cut.visible, rating, HIDDEN))
 
     def forced(self, cut: SparseCut) -> Any:
         """Return bool ``[B or 1, 1, MQ, M]``: what is read in any case."""

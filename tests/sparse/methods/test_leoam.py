@@ -40,7 +40,8 @@ def leoam_rule(chunks: dict[int, int], wanted: int, sinks: int, local: int) -> R
             newest = (look.total - 1) // size
             must = {*range(min(sinks, newest + 1)), *range(max(newest - local, 0), newest + 1)}
             rest = sorted((i for i in range(len(rated)) if i not in must), key=lambda i: -rated[i])
-            for chunk in [*must, *rest[: max(wanted - len(must), 0)]]:
+            # Where more must be read than there is room for, the newest are.
+            for chunk in [*sorted(must, reverse=True), *rest][:wanted]:
                 for head in members:
                     read[head, 0, chunk * size : (chunk + 1) * size] = True
         return read
@@ -73,3 +74,9 @@ def test_layers_with_chunks_of_their_own(kv: dict[str, Any] | None, tmp_path: Pa
 @pytest.mark.slow
 def test_all_chunks_are_the_whole_cache(tmp_path: Path) -> None:
     assert_equals_rule("llama", leoam({"chunk": 4, "tokens": 4096}, kv=SLOTS), lambda look: None, tmp_path)
+
+
+@pytest.mark.slow
+def test_less_room_than_what_must_be_read(tmp_path: Path) -> None:
+    wanted = leoam({"chunk": 4, "tokens": 8}, kv=SLOTS)
+    assert_equals_rule("llama", wanted, leoam_rule({0: 4, 1: 4, 2: 4}, 2, 1, 1), tmp_path)
