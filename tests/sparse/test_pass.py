@@ -11,6 +11,9 @@ from torch import Tensor
 
 from tests.sparse.engine import assert_equals_rule
 from tests.sparse.oracle import Look, blocks_to_tokens
+from tokcc.config import Blocks, load_policy
+from tokcc.errors import PolicyError
+from tokcc.passes.methods import library
 
 BLOCK = 4
 
@@ -112,3 +115,18 @@ def test_one_stage(stage: str, tmp_path: Path) -> None:
         return sparse(look) if (look.new > 1) == (stage == "prefill") and look.layer != 1 else None
 
     assert_equals_rule("llama", wanted, rule, tmp_path)
+
+
+def test_blocks_beside_a_preset_keep_what_they_do_not_mention() -> None:
+    wanted = {"version": 1, "steps": [{"preset": "xattention", "blocks": {"key": 16}}]}
+    (step,) = load_policy(wanted, presets=library()).policy.steps
+    assert step.blocks == Blocks(query=128, key=16)
+    assert (step.at.stage, step.at.length) == ("prefill", 1024)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"), [({"at": {"stage": "prefill"}}, "`stage` and `length`"), ({"blocks": {"key": 4}}, "`blocks`")]
+)
+def test_other_steps_have_no_stage_and_no_blocks(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=f"{message} are for sparse attention"):
+        load_policy({"version": 1, "steps": [{"preset": "evit", **more}]}, presets=library())

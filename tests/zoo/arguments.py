@@ -98,7 +98,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     # Sparse attention: the same calls, whose blocks would be as long as they are.
     "dhsa": {"block": 4, "chunk": 2, "keep": 0.5, "sinks": 0, "local": 0, "length": 0},
     "flex-prefill": {"block": 2, "mass": 0.4, "divergence": 0.2, "least": 2, "length": 0},
-    "hip": {"block": 2, "blocks": 2, "sinks": 0, "local": 0, "longest": 64, "length": 0},
+    "hip": {"block": 2, "found": 2, "sinks": 0, "local": 0, "longest": 64, "length": 0},
     "minference": {"block": 2, "columns": 2, "distances": 2, "queries": 4, "first": 1, "near": 1, "length": 0},
     "seer-attention": {"block": 2, "above": 0.2, "length": 0},
     "token-select": {"chunk": 4, "tokens": 7, "sinks": 1, "scaled": True, "length": 0},

@@ -247,7 +247,12 @@ class Step(Strict):
         for key, value in given.items() if self.node != "sparse_attention" else ():
             if value is not None:
                 words = "`blocks`" if key == "blocks" else "`stage` and `length`"
-                raise problem(f"{words} are for sparse attention", needed="`node: sparse_attention`", key=key)
+                raise problem(
+                    f"{words} are for sparse attention",
+                    needed="`node: sparse_attention`",
+                    hint="leave them out: `tokcc presets` lists the methods that have them",
+                    key=key,
+                )
         return self
 
     @model_validator(mode="after")

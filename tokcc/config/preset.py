@@ -22,13 +22,14 @@ OVERRIDES = (
     "reduce",
     "heads",
     "store",
+    "blocks",
     "budget",
     "protect",
     "positions",
     "restore",
     "seed",
 )
-MERGED_KEYS = ("at", "protect")
+MERGED_KEYS = ("at", "blocks", "protect")
 
 Path = tuple[str | int, ...]
 

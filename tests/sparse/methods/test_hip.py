@@ -65,7 +65,7 @@ def rule(count: int, sinks: int, local: int) -> Any:
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("gpt-neox", marks=pytest.mark.slow)])
 def test_equals_the_formula(family: str, tmp_path: Path) -> None:
-    wanted = policy("hip", block=BLOCK, blocks=2, sinks=1, local=1, longest=64, length=0)
+    wanted = policy("hip", block=BLOCK, found=2, sinks=1, local=1, longest=64, length=0)
     assert_equals_rule(family, wanted, rule(2, 1, 1), tmp_path)
 
 
