@@ -96,13 +96,6 @@ def refuse_fixed_sizes(program: Program, builder: GraphBuilder) -> None:
     Raises:
         AxisError: When evaluating the rebuilt graph fixed or narrowed one.
     """
-    for size, taken in builder.mistaken_sizes().items():
-        raise AxisError(
-            "a size that varies with the input was taken for another one",
-            needed=f"{builder.definitions[size]}, as it was made",
-            found=str(taken),
-            help="export with larger example sizes; please report it",
-        )
     loss = builder.inputs.loss()
     if loss is None:
         return

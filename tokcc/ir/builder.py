@@ -456,27 +456,6 @@ class GraphBuilder(Builder):
             self.definitions[made.node.expr] = expression
         return self._symbols[expression]
 
-    def mistaken_sizes(self) -> dict[sympy.Symbol, sympy.Expr]:
-        """Return what torch's rules have taken own sizes for, of the example, although they are something else."""
-        env = self.fake_mode.shape_env
-        if env is None:
-            return {}
-        taken = {symbol: env.replacements[symbol] for symbol in self.definitions if symbol in env.replacements}
-        return {symbol: known for symbol, known in taken.items() if not self._agree(self.definitions[symbol], known)}
-
-    def _agree(self, first: sympy.Expr, second: sympy.Expr) -> bool:
-        """Return True when two sizes are equal where the sizes of the inputs are large and all different."""
-        one, other = self._meaning(first), self._meaning(second)
-        symbols = sorted(one.free_symbols | other.free_symbols, key=str)
-        large = {symbol: sympy.Integer(1009 + 97 * i) for i, symbol in enumerate(symbols)}
-        return bool(one.xreplace(large) == other.xreplace(large))
-
-    def _meaning(self, size: sympy.Expr) -> sympy.Expr:
-        """Return a size in those of the inputs."""
-        while known := {symbol: self.definitions[symbol] for symbol in size.free_symbols if symbol in self.definitions}:
-            size = size.xreplace(known)
-        return size
-
     def mark_prefix(self, reduced: fx.Node, source: fx.Node, rows: int) -> None:
         """Record it for demand slicing, which may then read the rows from the stream before."""
         reduced.meta["tokcc_prefix"] = (source.name, rows)
