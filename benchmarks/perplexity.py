@@ -24,20 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
+from benchmarks.decoders import lowered, policy_of
 from benchmarks.environment import describe, write_results
-from benchmarks.grid import short
 from examples.assets import LANGUAGE_MODEL, locate
 from tokcc.backends.generation import DecoderEngine
-from tokcc.backends.onnx import build_onnx, save_onnx
-from tokcc.config import Policy, load_policy
 from tokcc.errors import PlanError
-from tokcc.ir.program import Program
 from tokcc.passes.methods import library
 from tokcc.pipeline.decoder_quality import Surprise
 from tokcc.pipeline.reading import Reading
-from tokcc.pipeline.reducing import reduce_program
 from tokcc.pipeline.request import ModelRequest
 from tokcc.pipeline.stages import Stages
 
@@ -50,13 +45,9 @@ def budgeted(method: str) -> bool:
     return name != "none" and "tokens" in library()[name].params
 
 
-def policy_of(method: str, slots: int) -> Policy | str:
-    """Return the policy of a method: a preset, and after a colon parameters that differ from its own."""
-    name, _, given = method.partition(":")
-    if name == "none":
-        return name
-    parameters = {key: yaml.safe_load(value) for key, _, value in (x.partition("=") for x in given.split(",") if x)}
-    return short(name, **({"tokens": slots} if budgeted(method) else {}), **parameters)
+def policy_for(method: str, slots: int) -> dict[str, Any]:
+    """Return the policy of a method with so many slots."""
+    return policy_of(method, **({"tokens": slots} if budgeted(method) else {}))
 
 
 def text_tokens(folder: Path, count: int) -> npt.NDArray[np.int64]:
@@ -69,13 +60,6 @@ def text_tokens(folder: Path, count: int) -> npt.NDArray[np.int64]:
     if len(ids) < count:
         raise SystemExit(f"the text has only {len(ids)} tokens")
     return np.asarray(ids[:count], np.int64)
-
-
-def engine_of(program: Program, policy: Policy | str, path: Path) -> Path:
-    """Compile a captured decoder with a policy."""
-    reduced = reduce_program(program, load_policy(policy, presets=library()), Stages())
-    save_onnx(build_onnx(reduced.sliced, opset=18), path)
-    return path
 
 
 def perplexity(engine: Path, ids: npt.NDArray[np.int64], piece: int, threads: int) -> tuple[float, int]:
@@ -117,7 +101,8 @@ def main() -> int:
                     try:
                         if key not in engines:
                             path = Path(scratch) / f"{method.replace(':', '-')}-{slots}.onnx"
-                            engines[key] = engine_of(program, policy_of(method, slots), path)
+                            lowered(program, policy_for(method, slots), path)
+                            engines[key] = path
                         value, held = perplexity(engines[key], ids[:context], options.piece, options.threads)
                         row |= {"perplexity": value, "kv_bytes": held, "seconds": time.perf_counter() - start}
                         cells = [f"{value:.2f}", f"{held / 1e6:.1f}"]

@@ -24,30 +24,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a plain file
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
-import torch
 
+from benchmarks.decoders import PAST, call_of, eager_logits, empty, lowered, policy_of, present, refuse_difference
 from benchmarks.engines import open_session
 from benchmarks.environment import describe, write_results
-from benchmarks.sparse_speed import policy_of
 from benchmarks.timing import interleave, milliseconds, speedups
 from examples.assets import LANGUAGE_MODEL, locate
-from tokcc.backends.onnx import build_onnx, save_onnx
-from tokcc.backends.parity import oracle
-from tokcc.config import load_policy
 from tokcc.ir.builder import EagerBuilder
 from tokcc.ir.program import Program
 from tokcc.passes.cache.plan import CachePlan
-from tokcc.passes.methods import library
-from tokcc.pipeline.reducing import reduce_program
 from tokcc.pipeline.request import ModelRequest
 from tokcc.pipeline.stages import Stages
 
 METHODS = ("quest:tokens=1024,length=1024", "quest:tokens=512,length=1024")
 MERGED, SLOTS = "none, merged", "none, slots"
-_PAST = "past_key_values."
-Array = npt.NDArray[Any]
 
 
 def engine_of(program: Program, method: str, slots: int | None, path: Path, checked: int) -> CachePlan:
@@ -57,47 +48,20 @@ def engine_of(program: Program, method: str, slots: int | None, path: Path, chec
         SystemExit: They differ.
     """
     policy = policy_of(method)
-    assert isinstance(policy, dict)
     if slots is not None:
         policy = {**policy, "kv": {"layout": "slots", "tokens": slots}}
-    reduced = reduce_program(program, load_policy(policy, presets=library()), Stages())
-    save_onnx(build_onnx(reduced.sliced, opset=18), path)
+    reduced = lowered(program, policy, path)
     assert reduced.caches is not None
     if checked:
         session, ids = open_session(path, 1), np.random.default_rng(0).integers(10, 40_000, checked + 1)
-        names = [item.name for item in session.get_outputs()]
-        eager, past = oracle(reduced.sliced), empty(session)
+        names, past = [item.name for item in session.get_outputs()], empty(session)
         for piece in (ids[:checked], ids[checked:]):
             stop = checked + 1 if len(piece) == 1 else checked
             feeds = {**call_of(session, piece, stop), **past}
             got = dict(zip(names, session.run(None, feeds), strict=True))
-            with torch.no_grad():
-                found = eager({name: torch.from_numpy(value.copy()) for name, value in feeds.items()})
-            wanted = found[reduced.sliced.output_names.index("logits")].numpy()
-            apart = float(np.abs(got["logits"][:, -1] - wanted[:, -1]).max() / np.abs(wanted[:, -1]).max())
-            if apart > 1e-3:
-                raise SystemExit(
-                    f"{method}: engine and eager program differ by {apart:.1e} of their scale: nothing is timed"
-                )
-            past = {name: got[name.replace(_PAST, "present.")] for name in past}
+            refuse_difference(method, got["logits"][:, -1], eager_logits(reduced.sliced, feeds)[:, -1])
+            past = {name: got[present(name)] for name in past}
     return reduced.caches
-
-
-def empty(session: ort.InferenceSession) -> dict[str, Array]:
-    """Caches before the first call."""
-    carried = [item for item in session.get_inputs() if item.name.startswith(_PAST)]
-    sizes = {i.name: [n if isinstance(n, int) else 0 for n in i.shape[1:]] for i in carried}
-    return {name: np.zeros((1, *size), np.float32) for name, size in sizes.items()}
-
-
-def call_of(session: ort.InferenceSession, ids: Array, stop: int) -> dict[str, Array]:
-    """Everything but the caches, of a call whose last token is number ``stop``."""
-    known = {
-        "input_ids": ids[None].astype(np.int64),
-        "attention_mask": np.ones((1, stop), np.int64),
-        "position_ids": np.arange(stop - len(ids), stop)[None],
-    }
-    return {item.name: known[item.name] for item in session.get_inputs() if item.name in known}
 
 
 def step_of(session: ort.InferenceSession, context: int) -> Callable[[], object]:
@@ -109,7 +73,7 @@ def step_of(session: ort.InferenceSession, context: int) -> Callable[[], object]
         binding.bind_cpu_input(name, array)
     grown = {item.name: item for item in session.get_outputs()}
     for item in session.get_inputs():
-        if not item.name.startswith(_PAST):
+        if not item.name.startswith(PAST):
             continue
         fixed = isinstance(item.shape[2], int)
         shape = (1, item.shape[1], item.shape[2] if fixed else context, grown[present(item.name)].shape[3])
@@ -127,11 +91,6 @@ def step_of(session: ort.InferenceSession, context: int) -> Callable[[], object]
         session.run_with_iobinding(binding)
 
     return run
-
-
-def present(name: str) -> str:
-    """The output that the input follows."""
-    return name.replace(_PAST, "present.")
 
 
 def least_bytes(engine: Path, plan: CachePlan, context: int) -> int:

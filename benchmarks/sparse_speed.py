@@ -24,23 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import yaml
 
 from benchmarks.decoder_speed import PLAIN, WHOLE, export_plain, kept
+from benchmarks.decoders import call_of, eager_logits, empty, lowered, policy_of, refuse_difference
 from benchmarks.engines import Feeds, open_session
 from benchmarks.environment import RESULTS, describe, write_results
-from benchmarks.grid import short
 from benchmarks.perplexity import text_tokens
 from benchmarks.timing import interleave, milliseconds, speedups
 from examples.assets import LANGUAGE_MODEL, locate
-from tokcc.backends.onnx import build_onnx, save_onnx
-from tokcc.backends.parity import oracle
-from tokcc.config import load_policy
 from tokcc.ir.program import Program
-from tokcc.passes.methods import library
 from tokcc.pipeline.decoder_quality import Surprise
-from tokcc.pipeline.reducing import reduce_program
 from tokcc.pipeline.request import ModelRequest
 from tokcc.pipeline.stages import Stages
 
@@ -49,62 +42,29 @@ RESULT = "sparse_speed"
 LAST = {"logits": "last_token"}
 
 
-def policy_of(method: str) -> dict[str, Any] | str:
-    """``name`` or ``name:parameter=value,...``."""
-    name, _, given = method.partition(":")
-    if name == "none":
-        return {"version": 1, "name": "none", "steps": []}
-    return short(
-        name, **{k: yaml.safe_load(v) for k, _, v in (part.partition("=") for part in given.split(",") if part)}
-    )
-
-
 def engine_of(program: Program, method: str, path: Path, *, last: bool, checked: int) -> Path:
     """Lower a method, and compare it with its eager program on so many tokens; 0 = not.
 
     Raises:
         SystemExit: They differ.
     """
-    policy = policy_of(method)
-    assert isinstance(policy, dict)
-    reduced = reduce_program(
-        program, load_policy({**policy, "outputs": LAST if last else {}}, presets=library()), Stages()
-    )
-    save_onnx(build_onnx(reduced.sliced, opset=18), path)
+    reduced = lowered(program, {**policy_of(method), "outputs": LAST if last else {}}, path)
     if checked:
         session = open_session(path, 1)
-        feeds = feeds_of(session, np.random.default_rng(0).integers(10, 40_000, checked))
-        got = session.run(["logits"], feeds)[0]
-        with torch.no_grad():
-            found = oracle(reduced.sliced)({name: torch.from_numpy(value) for name, value in feeds.items()})
-        wanted = found[reduced.sliced.output_names.index("logits")].numpy()
-        apart = float(np.abs(got - wanted).max() / np.abs(wanted).max())
-        if apart > 1e-3:
-            raise SystemExit(
-                f"{method}: engine and eager program differ by {apart:.1e} of their scale; nothing is timed"
-            )
+        feeds = prompt(session, np.random.default_rng(0).integers(10, 40_000, checked))
+        refuse_difference(method, session.run(["logits"], feeds)[0], eager_logits(reduced.sliced, feeds))
     return path
 
 
-def feeds_of(session: Any, ids: npt.NDArray[np.int64]) -> Feeds:
+def prompt(session: Any, ids: npt.NDArray[np.int64]) -> Feeds:
     """Inputs of a first call."""
-    feeds: Feeds = {}
-    for item in session.get_inputs():
-        if len(item.shape) == 4:
-            feeds[item.name] = np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32)
-        elif "mask" in item.name:
-            feeds[item.name] = np.ones((1, len(ids)), np.int64)
-        elif "position" in item.name:
-            feeds[item.name] = np.arange(len(ids))[None]
-        else:
-            feeds[item.name] = ids[None].astype(np.int64)
-    return feeds
+    return {**call_of(session, ids), **empty(session)}
 
 
 def perplexity(engine: Path, ids: npt.NDArray[np.int64], threads: int) -> float:
     """Read a text in one call."""
     session, surprise = open_session(engine, threads), Surprise()
-    surprise.add(session.run(["logits"], feeds_of(session, ids))[0][0], ids)
+    surprise.add(session.run(["logits"], prompt(session, ids))[0][0], ids)
     value = surprise.perplexity
     return float("nan") if value is None else value
 
@@ -113,7 +73,7 @@ def timed(engines: dict[str, Path], ids: npt.NDArray[np.int64], rounds: int) -> 
     """Time one prompt with all engines in turns."""
     sessions = {name: open_session(path, 1) for name, path in engines.items()}
     names = {name: [session.get_outputs()[0].name] for name, session in sessions.items()}
-    runs = {name: partial(s.run, names[name], feeds_of(s, ids)) for name, s in sessions.items()}
+    runs = {name: partial(s.run, names[name], prompt(s, ids)) for name, s in sessions.items()}
     seconds = interleave(runs, rounds)
     ratios = speedups(seconds, WHOLE)
     return {name: {"ms": milliseconds(seconds[name]), "speedup": ratios.get(name)} for name in engines}

@@ -18,6 +18,7 @@ from tokcc.kernels.choose_by_size.decomposition import decomposition as choose_b
 from tokcc.kernels.diagonal_sums.reference import reference as diagonal_sums
 from tokcc.kernels.gather_slots.reference import reference as gather_slots
 from tokcc.kernels.gather_tokens.reference import reference as gather_tokens
+from tokcc.kernels.gpu import has_triton
 from tokcc.kernels.merge_tokens.reference import reference as merge_tokens
 from tokcc.kernels.retain_slots.reference import reference as retain_slots
 from tokcc.kernels.scatter_tokens.reference import reference as scatter_tokens
@@ -60,7 +61,7 @@ def overload(name: str) -> Any:
 
 def triton_forms() -> dict[str, Callable[..., Any]]:
     """Return the operations as ``tokcc::<name>_triton``, which Inductor inlines for CUDA; empty without triton."""
-    if util.find_spec("triton") is None:
+    if not has_triton():
         return {}
     forms: dict[str, Callable[..., Any]] = {}
     for name in (*DECOMPOSITIONS, *LOOPS):

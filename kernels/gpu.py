@@ -18,6 +18,7 @@ __all__ = [
     "BASE_ARCH",
     "Runner",
     "arch_of",
+    "has_triton",
     "interpreted",
     "multiprocessors",
     "on_cuda",
@@ -47,6 +48,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def has_triton() -> bool:
+    """Return whether triton is installed; it is not imported for it."""
+    return util.find_spec("triton") is not None
+
+
 def on_cuda(op: CustomOpDef, package: str, reference: Callable[..., Any]) -> None:
     """Let CUDA tensors go to ``launch`` of the package's ``triton`` module, which is imported by the first of them.
 
@@ -58,7 +64,7 @@ def on_cuda(op: CustomOpDef, package: str, reference: Callable[..., Any]) -> Non
 
     def kernel(*args: Any) -> Any:
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        if util.find_spec("triton") is None or arch_of(device) < BASE_ARCH:
+        if not has_triton() or arch_of(device) < BASE_ARCH:
             return reference(*args)
         return import_module(f"{package}.triton").launch(*args)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -10,10 +11,10 @@ from typing import Any, Literal
 import torch
 
 from tokcc.config import Budget, LoadedPolicy, Step
-from tokcc.errors import PlanError
+from tokcc.errors import PlanError, PolicyError
 from tokcc.ir.builder import Builder
 
-__all__ = ["Count", "planned_counts", "resolve_budget"]
+__all__ = ["Count", "planned_counts", "refuse_budget", "resolve_budget"]
 
 aten = torch.ops.aten
 Rounding = Literal["ceil", "floor", "round"]
@@ -105,6 +106,26 @@ def planned_counts(
             policy=policy.where(("steps", number, "budget")),
             help=f"choose as many layers with `at: {{layers: ...}}`, or a budget for {len(layers)}",
         ) from error
+
+
+def refuse_budget(policy: LoadedPolicy, number: int, kind: str, counts: Sequence[Count]) -> None:
+    """Refuse the budget of a step whose selector needs none.
+
+    Args:
+        policy: The policy.
+        number: Place of the step.
+        kind: Of the selector.
+        counts: What the step's budget came to.
+
+    Raises:
+        PolicyError: There is one.
+    """
+    if not all(count.nothing for count in counts):
+        raise PolicyError(
+            f"the selector `{kind}` knows itself how much is read, and a budget would mean nothing",
+            policy=policy.where(("steps", number, "budget")),
+            help=f"leave it out, and give `{kind}` its own parameters",
+        )
 
 
 def resolve_budget(budget: Budget, layers: tuple[int, ...], num_layers: int) -> list[Count]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tokcc.analysis.sizes import number
 from tokcc.errors import PlanError
 from tokcc.ir.builder import Builder
 from tokcc.ir.program import Program
@@ -134,10 +135,10 @@ def random_values(
         for size, symbol in zip(fake, spec.shape, strict=True):
             if not isinstance(size, int) and not size.node.expr.free_symbols <= bindings.keys():
                 bindings[size.node.expr] = int(torch.randint(1, 6, (), generator=generator))
-            number = size if isinstance(size, int) else int(size.node.expr.xreplace(bindings))
-            shapes.setdefault(name, []).append(number)
+            length = number(size, bindings)
+            shapes.setdefault(name, []).append(length)
             if isinstance(symbol, str):
-                sizes[symbol] = number
+                sizes[symbol] = length
     return {name: _values(spec, shapes[name], sizes, generator) for name, spec in added.items()}
 
 

@@ -13,6 +13,7 @@ from tokcc.ir.builder import EagerBuilder
 from tokcc.ir.space import TokenSpace
 from tokcc.passes.budget import Count, planned_counts
 from tokcc.passes.bypassing import refuse_cuts_inside
+from tokcc.passes.chosen_layers import chosen_layers
 from tokcc.passes.inputs import EngineInput, declared_inputs
 from tokcc.passes.methods import library
 from tokcc.passes.piece import Piece, Reducer, Score, Selector, parts_of, resolve_piece, scores_of
@@ -245,15 +246,7 @@ def _plan_step(
 def _layers(policy: LoadedPolicy, number: int, step: Step, sites: Sites) -> tuple[int, ...]:
     if step.at.site in ("encoder_output", "projector_output"):
         return (len(sites.layers) - 1,)
-    try:
-        layers = step.at.resolve(len(sites.layers))
-    except ValueError as error:
-        raise PlanError(
-            str(error),
-            policy=policy.where(("steps", number, "at", "layers")),
-            needed=f"layers between 0 and {len(sites.layers) - 1}: the model has {len(sites.layers)}",
-            help="`tokcc inspect MODEL` lists the layers",
-        ) from error
+    layers = chosen_layers(policy, number, step, len(sites.layers))
     if not layers:
         raise PlanError(
             "no layer is chosen",

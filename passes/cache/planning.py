@@ -23,7 +23,8 @@ from tokcc.passes.cache.piece import CacheReducer, CacheScore, CacheSelector
 from tokcc.passes.cache.plan import WEIGHT, CachePlan, PlannedEviction, PlannedStorage
 from tokcc.passes.cache.storage import CacheForm, CacheStorage
 from tokcc.passes.cache.storages.merged import Merged
-from tokcc.passes.cache.storing import add_storages, key_rotations, no_such_layer, refuse_changes
+from tokcc.passes.cache.storing import add_storages, key_rotations, refuse_changes
+from tokcc.passes.chosen_layers import chosen_layers
 from tokcc.passes.inputs import refuse_taken_names
 from tokcc.passes.piece import resolve_piece
 from tokcc.passes.prompt.planning import make_prompt_plan
@@ -287,10 +288,7 @@ def _layers(
     policy: LoadedPolicy, number: int, step: Step, windows: Sequence[int], warnings: list[str]
 ) -> tuple[int, ...]:
     place = policy.where(("steps", number, "at", "layers"))
-    try:
-        layers = step.at.resolve(len(windows))
-    except ValueError as error:
-        raise no_such_layer(policy, number, error, len(windows)) from error
+    layers = chosen_layers(policy, number, step, len(windows))
     sliding = [layer for layer in layers if windows[layer]]
     if sliding and len(sliding) == len(layers):
         raise PlanError(

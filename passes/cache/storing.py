@@ -17,10 +17,11 @@ from tokcc.passes.cache.beside import TOKENS
 from tokcc.passes.cache.plan import PlannedEviction, PlannedStorage
 from tokcc.passes.cache.rating import TokenRating
 from tokcc.passes.cache.storage import CacheForm, CacheStorage
+from tokcc.passes.chosen_layers import chosen_layers
 from tokcc.passes.piece import resolve_piece
 from tokcc.passes.trained import with_weights
 
-__all__ = ["add_storages", "key_rotations", "no_such_layer", "refuse_changes"]
+__all__ = ["add_storages", "key_rotations", "refuse_changes"]
 
 
 def refuse_changes(evictions: Sequence[PlannedEviction], storages: Mapping[int, PlannedStorage]) -> None:
@@ -76,10 +77,7 @@ def add_storages(
             help=f"write `kv: {{layout: {step.store.kind}}}` beside `steps`",
         )
     rating = _rating(policy, number, step, storage, program)
-    try:
-        layers = step.at.resolve(len(forms))
-    except ValueError as error:
-        raise no_such_layer(policy, number, error, len(forms)) from error
+    layers = chosen_layers(policy, number, step, len(forms))
     sliding = [layer for layer in layers if windows[layer] and not storage.evicts]
     if sliding and len(sliding) == len(layers):
         raise PlanError(
@@ -192,13 +190,3 @@ def _sizes(ids: fx.Node | None) -> dict[str, int]:
             table: Any = user.args[0]
             return {"V": int(table.meta["val"].shape[0])}
     return {}
-
-
-def no_such_layer(policy: LoadedPolicy, number: int, error: ValueError, layers: int) -> PlanError:
-    """Return the refusal of layers that the model does not have."""
-    return PlanError(
-        str(error),
-        policy=policy.where(("steps", number, "at", "layers")),
-        needed=f"layers between 0 and {layers - 1}: the model has {layers}",
-        help="`tokcc inspect MODEL` lists the layers",
-    )

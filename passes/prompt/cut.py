@@ -10,6 +10,7 @@ import torch
 
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.cut import CacheCut
+from tokcc.passes.cache.visible import slot_rank
 
 __all__ = ["PREFERRED", "Branch", "PromptCut", "Remaining", "Selected"]
 
@@ -134,8 +135,7 @@ class PromptCut:
 
     def rank(self) -> Any:
         """Return the place of every candidate among them, int64 ``[B, N]``."""
-        b = self.b
-        return b.sub(b.call(aten.cumsum.default, b.cast(self.candidates, torch.int64), 1), 1)
+        return slot_rank(self.b, self.candidates)
 
     def pruned(self, chosen: Selected) -> Any:
         """Return bool ``[B, N]``: candidates that were not chosen."""

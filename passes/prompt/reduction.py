@@ -13,6 +13,7 @@ from tokcc.errors import AxisError
 from tokcc.ir.space import Factor, TokenSpace
 from tokcc.ir.value import Value
 from tokcc.passes.cache.cut import CacheCut
+from tokcc.passes.cache.visible import slot_rank
 from tokcc.passes.give_back import GiveBack
 from tokcc.passes.prompt.branches import find_branch
 from tokcc.passes.prompt.cut import Branch, PromptCut, Selected
@@ -118,7 +119,7 @@ class _Prune:
         free = b.unsqueeze(b.compare("ge", age, planned.last), 0)
         candidates = b.logical_and(walk.facts.get("candidate", walk.facts["real"]), free)
         if planned.first:
-            rank = b.sub(b.call(aten.cumsum.default, b.cast(walk.facts["real"], torch.int64), 1), 1)
+            rank = slot_rank(b, walk.facts["real"])
             candidates = b.logical_and(candidates, b.compare("ge", rank, planned.first))
         return candidates
 
@@ -172,7 +173,7 @@ class _Prune:
             before = b.sub(before, b.call(aten.clamp_min.default, b.sub(before, held), 0))
         else:
             before = b.call(aten.clamp_min.default, b.sub(before, walk.gone), 0)
-        rank = b.sub(b.call(aten.cumsum.default, b.cast(walk.facts["real"], torch.int64), 1), 1)
+        rank = slot_rank(b, walk.facts["real"])
         return b.call(aten.clamp_min.default, b.add(rank, before), 0)
 
 

@@ -12,6 +12,7 @@ from torch import fx
 
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.runs import run_of
+from tokcc.passes.cache.visible import slot_rank
 from tokcc.passes.inputs import EngineInput
 from tokcc.passes.prompt.refill_plan import RefillPlan
 
@@ -70,7 +71,7 @@ class Refill:
         slot = b.arange(tokens, index)
         zeros = b.mul(b.add(b.unsqueeze(slot, 0), b.mul(b.sum(index, 1, keepdim=True), 0)), 0)  # [B, S]
         new = b.compare("gt", b.scatter(zeros, 1, index, b.add(b.mul(index, 0), 1)), 0)
-        rank = b.sub(b.call(aten.cumsum.default, b.cast(new, torch.int64), 1), 1)
+        rank = slot_rank(b, new)
         source = b.where(new, b.add(rank, self.rows), b.unsqueeze(slot, 0))
         return replace(self, index=index, source=source)
 

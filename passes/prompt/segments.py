@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from tokcc.ir.builder import Builder
+from tokcc.passes.cache.visible import slot_rank
 
 __all__ = ["TEXT", "Segment", "belongs", "declared_segments"]
 
@@ -73,7 +72,7 @@ def belongs(b: Builder, segments: Sequence[Segment], ids: Any, masks: Mapping[st
     found: Any = None
     for segment in segments:
         if segment.start is not None:
-            rank = b.sub(b.call(torch.ops.aten.cumsum.default, b.cast(real, torch.int64), 1), 1)
+            rank = slot_rank(b, real)
             inside = b.logical_and(b.compare("ge", rank, segment.start), b.compare("lt", rank, segment.stop))
         elif ids is not None:
             inside = b.compare("eq", ids, segment.token)

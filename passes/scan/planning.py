@@ -7,7 +7,7 @@ from tokcc.config import LoadedPolicy, PieceSpec, Step
 from tokcc.errors import PlanError, PolicyError
 from tokcc.ir.program import Program
 from tokcc.passes.cache.head import last_token_outputs
-from tokcc.passes.cache.storing import no_such_layer
+from tokcc.passes.chosen_layers import chosen_layers
 from tokcc.passes.piece import resolve_piece
 from tokcc.passes.scan.piece import ScanReducer, ScanScore, ScanSelector
 from tokcc.passes.scan.plan import PlannedFilter, ScanPlan
@@ -85,10 +85,7 @@ def _plan_step(policy: LoadedPolicy, number: int, step: Step, sites: tuple[State
             found=f"`{step.budget.amount}`",
             help="write for instance `budget: {tokens: 2000}`",
         )
-    try:
-        layers = step.at.resolve(len(sites))
-    except ValueError as error:
-        raise no_such_layer(policy, number, error, len(sites)) from error
+    layers = chosen_layers(policy, number, step, len(sites))
     score, select, reduce = _pieces(policy, number, step)
     sizes = {"layers": len(sites), "channels": sites[0].channels}
     select = with_weights(select, sizes, folder=policy.folder, where=policy.where(("steps", number, "select")))

@@ -260,16 +260,12 @@ class SparseCut:
     @cached_property
     def own(self) -> Any:
         """Bool ``[MQ, M]``: blocks in which keys of the row's own tokens lie."""
-        b = self.b
-        behind = b.compare("gt", b.add(self.block_starts, self.block_k), b.unsqueeze(self.first_slots, 1))
-        return b.logical_and(self.reached, behind)
+        return self.nearest(0)
 
     @cached_property
     def rank(self) -> Any:
         """The place of every block among those of its sample that hold anything, int64 ``[B, M]``; below 0 = none."""
-        b = self.b
-        filled = b.cast(b.compare("gt", self.counts, 0), torch.int64)
-        return b.sub(b.call(aten.cumsum.default, filled, 1), 1)
+        return slot_rank(self.b, self.b.compare("gt", self.counts, 0))
 
     def sinks(self, count: int) -> Any:
         """Return bool ``[B, 1, 1, M]``: the first blocks of each sample, padding not counted."""

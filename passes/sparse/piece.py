@@ -128,7 +128,7 @@ class SparseSelector(_SparsePiece):
     def forced(self, cut: SparseCut) -> Any:
         """Return bool ``[B or 1, 1, MQ, M]``: what is read in any case."""
         b = cut.b
-        own = cut.nearest(self.local) if self.local else cut.own
+        own = cut.nearest(self.local)
         if not self.sinks:
             return b.unsqueeze(b.unsqueeze(own, 0), 0)
         return b.logical_or(own, b.logical_and(cut.sinks(self.sinks), cut.visible))

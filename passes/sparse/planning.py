@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 
 from tokcc.analysis.cache_sites import CacheSite
 from tokcc.config import Blocks, LoadedPolicy, PieceSpec, Step
 from tokcc.errors import PlanError, PolicyError
 from tokcc.ir.program import Program
-from tokcc.passes.budget import Count, planned_counts
+from tokcc.passes.budget import Count, planned_counts, refuse_budget
 from tokcc.passes.cache.storing import key_rotations
+from tokcc.passes.chosen_layers import chosen_layers
 from tokcc.passes.piece import parts_of, resolve_piece
 from tokcc.passes.sparse.piece import SparseScore, SparseSelector
 from tokcc.passes.sparse.plan import PlannedSparse
@@ -71,51 +73,37 @@ def plan_sparse(
     blocks, new = step.blocks or Blocks(), _CALLS[step.at.stage or "both"]
     if new[1] == 1:
         blocks = blocks.model_copy(update={"query": 1})
-    for piece, key in ((score, "score"), (select, "select")):
-        try:
-            if piece is not None:
-                piece.check(blocks.query, blocks.key)
-        except ValueError as error:
-            raise PlanError(
-                f"the {key} `{piece.kind if piece else ''}` cannot work with these blocks",
-                policy=place(key),
-                needed=str(error),
-                help="change `blocks: {query: ..., key: ...}`, or the parameter",
-            ) from error
+    pieces = {"select": select} if score is None else {"score": score, "select": select}
+    for key, piece in pieces.items():
+        with _refused(
+            f"the {key} `{piece.kind}` cannot work with these blocks",
+            place(key),
+            help="change `blocks: {query: ..., key: ...}`, or the parameter",
+        ):
+            piece.check(blocks.query, blocks.key)
     layers = _layers(policy, number, step, windows, warnings)
-    try:
+    with _refused(
+        f"the selector `{select.kind}` cannot work in these layers",
+        place("select"),
+        found=f"layers {', '.join(map(str, layers))}",
+        help="change `at: {layers: ...}`, or its parameters",
+    ):
         select.check_layers(layers)
-    except ValueError as error:
-        raise PlanError(
-            f"the selector `{select.kind}` cannot work in these layers",
-            policy=place("select"),
-            needed=str(error),
-            found=f"layers {', '.join(map(str, layers))}",
-            help="change `at: {layers: ...}`, or its parameters",
-        ) from error
     counts = planned_counts(policy, number, step, layers, len(windows))
-    if not select.budgeted and not all(count.nothing for count in counts):
-        raise PolicyError(
-            f"the selector `{select.kind}` knows itself how much is read, and a budget would mean nothing",
-            policy=place("budget"),
-            help=f"leave it out, and give `{select.kind}` its own parameters",
-        )
+    if not select.budgeted:
+        refuse_budget(policy, number, select.kind, counts)
     if select.fills and all(count.nothing for count in counts):
         warnings.append(f"`{step.name}` reads everything: its budget is the whole text")
     nodes = {node.name: node for node in program.graph.nodes}
     shapes = {layer: nodes[sites[layer].query].meta["val"].shape for layer in layers}
     for layer, shape in shapes.items():
-        for piece, key in ((score, "score"), (select, "select")):
-            try:
-                if piece is not None:
-                    piece.check_heads(layer, int(shape[1]))
-            except ValueError as error:
-                raise PlanError(
-                    f"the {key} `{piece.kind if piece else ''}` was made for another model",
-                    policy=place(key),
-                    needed=str(error),
-                    help="`tokcc inspect MODEL` lists layers and heads",
-                ) from error
+        for key, piece in pieces.items():
+            with _refused(
+                f"the {key} `{piece.kind}` was made for another model",
+                place(key),
+                help="`tokcc inspect MODEL` lists layers and heads",
+            ):
+                piece.check_heads(layer, int(shape[1]))
     first = min(layers)
     sizes = {
         "query_heads": int(shapes[first][1]),
@@ -151,6 +139,15 @@ def plan_sparse(
         )
 
 
+@contextmanager
+def _refused(what: str, place: str, *, help: str, found: str | None = None) -> Iterator[None]:
+    """Make a piece's objection a refusal of the step."""
+    try:
+        yield
+    except ValueError as error:
+        raise PlanError(what, policy=place, needed=str(error), found=found, help=help) from error
+
+
 def _in_blocks(count: Count, block: int) -> Count:
     """Return a number of tokens as a number of blocks, rounded up; a share stays one."""
     if count.kind != "tokens":
@@ -161,21 +158,12 @@ def _in_blocks(count: Count, block: int) -> Count:
 def _layers(
     policy: LoadedPolicy, number: int, step: Step, windows: Sequence[int], warnings: list[str]
 ) -> tuple[int, ...]:
-    place = policy.where(("steps", number, "at", "layers"))
-    try:
-        layers = step.at.resolve(len(windows))
-    except ValueError as error:
-        raise PlanError(
-            str(error),
-            policy=place,
-            needed=f"layers between 0 and {len(windows) - 1}: the model has {len(windows)}",
-            help="`tokcc inspect MODEL` lists the layers",
-        ) from error
+    layers = chosen_layers(policy, number, step, len(windows))
     wide = tuple(layer for layer in layers if not windows[layer])
     if not wide:
         raise PlanError(
             "every chosen layer has a sliding window and reads few keys as it is",
-            policy=place,
+            policy=policy.where(("steps", number, "at", "layers")),
             needed="layers that see the whole sequence",
             help="compile with `--policy none`",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,11 @@ import torch
 
 from benchmarks import environment, gpu_check
 from benchmarks.gpu_check_cases import CHECKS, causal_lists
+from tests.kernels.installed import needs_triton
 from tokcc.kernels.decompositions import overload, triton_forms
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_every_kernel_has_inputs() -> None:
     assert sorted(CHECKS) == sorted(triton_forms())
 

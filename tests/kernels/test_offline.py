@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.kernels.installed import needs_triton
 from tokcc.kernels.configs import ARCHS, SHARED_LIMITS, choose, row, table
 
 FOLDER = Path(__file__).resolve().parents[2] / "kernels"
 OPS = sorted(path.parent.name for path in FOLDER.glob("*/configs.yaml"))
 INSTRUCTIONS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @pytest.mark.parametrize("op", OPS)

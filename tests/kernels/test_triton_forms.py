@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor, fx
 
 import tokcc.kernels
+from tests.kernels.installed import needs_triton
 from tokcc.kernels.decompositions import overload, triton_forms
 
 assert tokcc.kernels is not None
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
 
 def _cases() -> dict[str, tuple[Any, ...]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tokcc.analysis.sizes import number
 from tokcc.ir.program import Program
 
 __all__ = ["Feeds", "example_feeds", "make_feeds"]
@@ -38,9 +39,9 @@ def make_feeds(program: Program, example: Feeds, *, seed: int = 0, variants: int
     bindings = program.bindings({name: tuple(value.shape) for name, value in example.items()})
     ranges = program.ranges()
     result = [example]
-    for number in range(variants):
+    for variant in range(variants):
         sizes = {
-            symbol: _varied(value, ranges[symbol], number) for symbol, value in bindings.items() if symbol in ranges
+            symbol: _varied(value, ranges[symbol], variant) for symbol, value in bindings.items() if symbol in ranges
         }
         result.append(_random(program, example, {**bindings, **sizes}, generator))
     return result
@@ -59,7 +60,7 @@ def _random(program: Program, example: Feeds, sizes: Mapping[Any, int], generato
         if name not in example:
             continue
         fake, known = node.meta["val"], example[name]
-        shape = [s if isinstance(s, int) else int(s.node.expr.xreplace(dict(sizes))) for s in fake.shape]
+        shape = [number(size, sizes) for size in fake.shape]
         feeds[name] = _tensor(shape, known, generator)
     return feeds
 

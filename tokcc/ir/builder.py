@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tokcc.errors import UsageError
-from tokcc.ir.fakes import fake_result
+from tokcc.ir.fakes import counts_blocks, fake_result
 from tokcc.ir.symbols import SizeWatch, free_size, size_oblivious
 
 __all__ = ["Builder", "EagerBuilder", "GraphBuilder", "same_size"]
@@ -418,13 +418,8 @@ class GraphBuilder(Builder):
         self.inputs.after(node)
 
     def _example(self, target: Any) -> int | None:
-        """Return an example of the number of blocks that an operation cuts; None = what the example's sizes give.
-
-        Short examples have one block, and of an example of 1 torch would believe that it is never anything else.
-        """
-        schema = getattr(target, "_schema", None)
-        cuts = schema is not None and schema.name == "tokcc::split_blocks"
-        return 67 + 10 * len(self._symbols) if cuts else None
+        """Return an example of the sizes that an operation makes; None = what the example's sizes give."""
+        return 67 + 10 * len(self._symbols) if counts_blocks(target) else None
 
     def _renamed(self, value: Any, example: int | None) -> Any:
         """Replace every size that is more than a difference by a symbol of its own."""

@@ -12,9 +12,22 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ["fake_result"]
+__all__ = ["counts_blocks", "fake_result"]
 
 aten = torch.ops.aten
+
+_BLOCKS = ("tokcc::split_blocks",)
+"""Operations that cut an axis into as many blocks as it takes."""
+
+
+def counts_blocks(target: Any) -> bool:
+    """Return whether an operation makes a number of blocks.
+
+    Short examples have one block, and of an example of 1 torch would believe that it is never anything else: such a
+    number needs an example of its own.
+    """
+    schema = getattr(target, "_schema", None)
+    return schema is not None and schema.name in _BLOCKS
 
 
 def fake_result(target: Any, args: Sequence[Any]) -> torch.Tensor | None:

@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from torch import fx
 from torch.export.graph_signature import OutputKind
 
 from tokcc.analysis.ledger import Ledger, ledger
+from tokcc.analysis.sizes import number
 from tokcc.backends.feeds import Feeds
 from tokcc.backends.ort import inserted_share
 from tokcc.backends.parity import Check, numpy_feeds
@@ -223,14 +225,7 @@ def _rows(reduced: Reduced, before: Ledger, after: Ledger, shapes: Mapping[str, 
 
 
 def _number(size: Any, bindings: Mapping[Any, int]) -> int:
-    if isinstance(size, int):
-        return size
-    value = size.meta["val"] if hasattr(size, "meta") else size
-    if isinstance(value, int):
-        return value
-    import sympy
-
-    return int(value.node.expr.xreplace({k: sympy.Integer(v) for k, v in bindings.items()}))
+    return number(size.meta["val"] if isinstance(size, fx.Node) else size, bindings)
 
 
 def _full_attention(reduced: Reduced) -> list[str]:

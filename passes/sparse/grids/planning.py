@@ -9,7 +9,7 @@ from tokcc.analysis.attention_sites import AttentionSite
 from tokcc.analysis.sites import Sites
 from tokcc.config import LoadedPolicy, PieceSpec, Step
 from tokcc.errors import PlanError, PolicyError
-from tokcc.passes.budget import planned_counts
+from tokcc.passes.budget import planned_counts, refuse_budget
 from tokcc.passes.piece import resolve_piece
 from tokcc.passes.sparse.grids.attend import PlannedGrid
 from tokcc.passes.sparse.grids.piece import GridSelector
@@ -40,12 +40,7 @@ def plan_grid(
     )
     _refuse_keys(policy, number, step)  # a selector of decoders says more about what is wrong
     counts = planned_counts(policy, number, step, tuple(layers), len(sites.layers))
-    if not all(count.nothing for count in counts):
-        raise PolicyError(
-            f"the selector `{select.kind}` knows itself how much is read, and a budget would mean nothing",
-            policy=policy.where(("steps", number, "budget")),
-            help=f"leave it out, and give `{select.kind}` its own parameters",
-        )
+    refuse_budget(policy, number, select.kind, counts)
     first = sites.prefix if step.protect.first == "auto" else int(step.protect.first)
     last = step.protect.last or (sites.suffix if step.protect.first == "auto" else 0)
     grid = _grid(sites, first + last, select, where)

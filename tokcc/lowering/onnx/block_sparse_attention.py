@@ -41,20 +41,14 @@ def blocks_of(op: Recorder, x: Any, size: Any, axis: int, rank: int, block: int,
         dtype: Its type.
     """
     known = None if size.const_value is None else int(size.const_value.numpy()[0])
-    shape = [*([0] * axis), -1, block]
+    shape, behind = op.ints([*([0] * axis), -1, block]), rank - axis - 1
+    if behind:
+        shape = op("Concat", shape, op("Shape", x, start=axis + 1, end=rank), axis=0)
     if known is not None and known % block == 0:
-        rest = [op.ints(shape)]
-        if axis < rank - 1:
-            rest.append(op("Shape", x, start=axis + 1, end=rank))
-        return op("Reshape", x, op("Concat", *rest, axis=0) if len(rest) > 1 else rest[0])
+        return op("Reshape", x, shape)
     missing = op("Mod", op("Neg", size), op.ints([block]))
-    before = op.ints([0] * (rank + axis))
-    pads = op("Concat", before, missing, *([op.ints([0] * (rank - axis - 1))] if axis < rank - 1 else []), axis=0)
-    zero = op.constant(False if dtype == _BOOL else 0, dtype)
-    filled = op("Pad", x, pads, zero)
-    if axis == rank - 1:
-        return op("Reshape", filled, op.ints(shape))
-    return op("Reshape", filled, op("Concat", op.ints(shape), op("Shape", x, start=axis + 1, end=rank), axis=0))
+    pads = op("Concat", op.ints([0] * (rank + axis)), missing, *([op.ints([0] * behind)] if behind else []), axis=0)
+    return op("Reshape", op("Pad", x, pads, op.constant(False if dtype == _BOOL else 0, dtype)), shape)
 
 
 def split_blocks(t: Translator, node: fx.Node, x: Any, axis: int, block: int) -> Any:

@@ -7,7 +7,7 @@ and one in which what is joined leaves as it is. Both branches hold the same few
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import onnx_ir as ir
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tokcc.lowering.onnx.recorder import Recorder
+from tokcc.lowering.onnx.subgraphs import inner_graphs, with_inner
 
 __all__ = ["Passages"]
 
@@ -153,7 +154,7 @@ def _region(reads: _Reads, gathers: list[ir.Node], attention: set[ir.Node], ever
 
 
 def _branch(op: Recorder, region: _Region, outputs: list[ir.Value]) -> None:
-    inside = {inner for node in region.nodes for inner in _with_inner(node)}
+    inside = {inner for node in region.nodes for inner in with_inner(node)}
     own = [value for node in region.nodes for value in node.outputs]
     leaving = [v for v in own if any(v is out for out in outputs) or any(u.node not in inside for u in v.uses())]
     if any(value.type is None for value in leaving):
@@ -196,7 +197,7 @@ def _without_eviction(op: Recorder, evicted: ir.Graph, region: _Region, name: st
     for node in reversed(copies):
         if not any(out.uses() or out.is_graph_output() for out in node.outputs):
             whole.remove(node, safe=True)
-            for inner in _with_inner(node):  # a graph in a node goes on reading otherwise
+            for inner in with_inner(node):  # a graph in a node goes on reading otherwise
                 for place in range(len(inner.inputs)):
                     inner.replace_input_with(place, None)
     seen: set[int] = set()
@@ -214,22 +215,10 @@ def _without_eviction(op: Recorder, evicted: ir.Graph, region: _Region, name: st
     return whole
 
 
-def _graphs(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.type is ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-
-
-def _with_inner(node: ir.Node) -> Iterator[ir.Node]:
-    yield node
-    for graph in _graphs(node):
-        yield from graph.all_nodes()
-
-
 def _reads(node: ir.Node) -> list[ir.Node]:
     """Return what a node reads, the graphs in it included."""
-    values = [value for inner in _with_inner(node) for value in inner.inputs if value is not None]
-    values += [value for graph in _graphs(node) for value in graph.outputs]
+    values = [value for inner in with_inner(node) for value in inner.inputs if value is not None]
+    values += [value for graph in inner_graphs(node) for value in graph.outputs]
     return [producer for value in values if (producer := value.producer()) is not None]
 
 

@@ -5,9 +5,11 @@ A program may hold two ways to one result side by side; a call pays for the one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import onnx_ir as ir
+
+from tokcc.lowering.onnx.subgraphs import inner_graphs
 
 __all__ = ["sink"]
 
@@ -21,8 +23,8 @@ def sink(graph: ir.Graph, choices: Sequence[ir.Node]) -> None:
     """
     if not choices:
         return
-    owners = {id(inner): node for node in graph.all_nodes() for inner in _graphs(node)}
-    branches = {id(inner) for node in choices for inner in _graphs(node)}
+    owners = {id(inner): node for node in graph.all_nodes() for inner in inner_graphs(node)}
+    branches = {id(inner) for node in choices for inner in inner_graphs(node)}
     for node in reversed(list(graph)):
         if any(out.is_graph_output() for out in node.outputs):
             continue
@@ -42,9 +44,3 @@ def _home(node: ir.Node, graph: ir.Graph, owners: dict[int, ir.Node]) -> ir.Grap
         node = owners[id(inner)]
     assert inner is None or isinstance(inner, ir.Graph)
     return inner
-
-
-def _graphs(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.type is ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
