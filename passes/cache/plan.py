@@ -220,6 +220,11 @@ class CachePlan:
         return (*given, *(self.prompt.inputs if self.prompt else ()))
 
     @property
+    def for_prompts(self) -> bool:
+        """Whether calls with several tokens read sparsely."""
+        return any(planned.new[1] > 1 for planned in self.sparse.values())
+
+    @property
     def parts(self) -> tuple[PlannedEviction | PlannedStorage | PlannedPrune | PlannedSparse, ...]:
         """Everything that is done to single layers."""
         prunes = self.prompt.prunes if self.prompt else ()

@@ -21,6 +21,7 @@ from tokcc.backends.ort import Session
 from tokcc.errors import PlanError, PolicyError
 from tokcc.pipeline import decoder_speed
 from tokcc.pipeline.bundles import bench, verify
+from tokcc.report.findings import findings
 from tokcc.report.summary import next_steps
 
 
@@ -67,6 +68,27 @@ def test_a_folder_becomes_a_bundle(folder: Path, tmp_path: Path, monkeypatch: py
     assert [point.tokens for point in report.break_even] == [16, 40]
     assert report.latency is not None
     assert next_steps(report, "out")[-3].command == 'tokcc run out "Once upon a time"'
+
+
+def test_sparse_prompts_are_timed_as_prompts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a policy leaves single tokens as they are: the figure is that of a prompt in one call."""
+    monkeypatch.setattr(decoder_speed, "CONTEXTS", (16, 40))
+    step = {"preset": "xattention", "block": 8, "key_block": 8, "stride": 4, "length": 24}
+    sparse = {"version": 1, "name": "p", "steps": [step]}
+    bundle = tokcc.compile(folder, sparse, output=tmp_path / "out", keep_baseline=True)
+    report = bundle.report
+    assert report.decoding is not None
+    assert [point.tokens for point in report.decoding.prompts] == [16, 40]
+    assert [point.label for point in report.break_even] == ["a prompt of 16", "a prompt of 40"]
+    assert report.latency is not None
+    assert report.latency.shapes["input_ids"] == (1, 40)
+    assert report.totals.shapes["input_ids"] == (1, 40)
+    assert report.totals.flops_after != report.totals.flops_before
+    assert {row.site for row in report.layers} == {"attention"}
+    assert not any("caches are not smaller" in line for line in findings(report))
+    again = bench(bundle, runs=1)
+    assert again.decoding is not None
+    assert [point.runs for point in again.decoding.prompts] == [1, 1]
 
 
 def test_the_whole_cache_without_a_policy(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tokcc.pipeline.decoder_speed import Limits, break_even, grow, reached
 from tokcc.pipeline.needles import CUE, LENGTH, plant, usual_tokens
 from tokcc.pipeline.occupancy import prompt_length
 from tokcc.pipeline.reading import Reading
-from tokcc.report.schema import ContextPoint, Spread
+from tokcc.report.schema import Spread
 
 VOCABULARY = 5000
 
@@ -121,11 +121,8 @@ def test_the_first_context_is_measured_whatever_it_takes() -> None:
 
 
 def test_break_even() -> None:
-    def points(*ratios: float) -> list[ContextPoint]:
-        return [
-            ContextPoint.model_construct(context=2**i, speedup=Spread(median=r, p10=r, p90=r))
-            for i, r in enumerate(ratios)
-        ]
+    def points(*ratios: float) -> list[tuple[int, Spread]]:
+        return [(2**i, Spread(median=r, p10=r, p90=r)) for i, r in enumerate(ratios)]
 
     assert break_even(points(0.9, 1.1, 1.3)) == 2
     assert break_even(points(1.2, 0.9, 1.3)) == 4

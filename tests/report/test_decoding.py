@@ -9,7 +9,16 @@ from pydantic import ValidationError
 
 from tests.report import samples
 from tokcc.report.cache_figures import draw_occupancy, draw_speed
-from tokcc.report.contexts import break_even_text, context_rows, needle_hint, needle_rows, needle_total, text_rows
+from tokcc.report.contexts import (
+    break_even_text,
+    context_rows,
+    needle_hint,
+    needle_rows,
+    needle_total,
+    prompt_rows,
+    text_rows,
+    timed_call,
+)
 from tokcc.report.findings import findings
 from tokcc.report.schema import (
     ContextPoint,
@@ -18,6 +27,7 @@ from tokcc.report.schema import (
     LayerRow,
     NeedlePoint,
     Occupancy,
+    PromptPoint,
     Report,
     Spread,
     TextPoint,
@@ -135,6 +145,33 @@ def test_a_model_that_does_not_copy_is_no_judge() -> None:
 )
 def test_break_even(changes: dict[str, object], text: str) -> None:
     assert break_even_text(decoding(**changes)) == text
+
+
+def prompt(tokens: int, ratio: float) -> PromptPoint:
+    spread = Spread(median=ratio, p10=ratio * 0.9, p90=ratio * 1.1)
+    return PromptPoint(tokens=tokens, seconds_before=2 * ratio, seconds_after=2, speedup=spread, runs=3)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "found", "text"),
+    [
+        ((0.9, 1.3), 1024, "prompts are read faster from 1024 tokens on"),
+        ((1.1, 1.3), 512, "prompts are read faster at every measured length, from 512 tokens on"),
+        ((0.8, 0.9), None, "prompts are read no faster at any length up to 1024 tokens"),
+    ],
+)
+def test_prompts_are_what_counts_where_they_were_timed(
+    ratios: tuple[float, float], found: int | None, text: str
+) -> None:
+    content = decoding(prompts=(prompt(512, ratios[0]), prompt(1024, ratios[1])), prompt_break_even=found)
+    assert break_even_text(content) == text
+    assert timed_call(content) == "a prompt of 1024 tokens"
+    assert timed_call(decoding()) == "a token after 1024"
+    row = prompt_rows(content)[1]
+    assert (row.tokens, row.speedup.split()[0]) == ("1024", f"{ratios[1]:.2f}x")
+    shown = to_text(samples.report(decoding=content), bundle="out")
+    assert text in shown
+    assert "in one call" in shown
 
 
 def test_cells_have_to_cover_the_prompt() -> None:

@@ -78,7 +78,7 @@ def bench(
     with out.running():
         from tokcc import pipeline
         from tokcc.backends.bundle import Bundle
-        from tokcc.cli.summary import context_table, latency_lines
+        from tokcc.cli.summary import context_table, latency_lines, prompt_table
 
         if against is not None and not against.is_file():
             raise UsageError(f"there is no engine `{against}`", needed="an ONNX file or an aoti package")
@@ -95,6 +95,8 @@ def bench(
         out.data(measured.to_dict())
         out.show(*latency_lines(measured.latency))
         if measured.decoding is not None:
+            if measured.decoding.prompts:
+                out.show("", prompt_table(measured.decoding))
             out.show("", context_table(measured.decoding), *measured.notes)
         if measured.memory is not None:
             before, after = measured.memory.baseline_bytes, measured.memory.engine_bytes

@@ -130,6 +130,12 @@ def _is_decoder(bundle: Bundle) -> bool:
     return any(contract.name.startswith("past_key_values.") for contract in bundle.manifest.inputs)
 
 
+def _about_prompts(bundle: Bundle) -> bool:
+    """Whether the bundle was measured on prompts in one call."""
+    decoding = bundle.report.decoding
+    return decoding is not None and bool(decoding.prompts)
+
+
 def _pair(bundle: Bundle, baseline: Path, *, threads: int, seed: int, batch: int | None = None) -> Pair:
     engine = bundle.engine("onnx")
     positions = positions_beside(bundle.root / engine.name)
@@ -168,8 +174,8 @@ def bench(
         )
     if decoder:
         pair = _pair(bundle, other, threads=threads, seed=seed, batch=batch)
-        found = pair.measure(stages, text=None, limits=Limits(runs=runs), whole=False)
-        return Measured(latency_of(found.timed, found.feeds, threads), None, found.decoding, found.notes)
+        found = pair.measure(stages, text=None, limits=Limits(runs=runs), whole=False, prompts=_about_prompts(bundle))
+        return Measured(latency_of(found.timed, found.timed_feeds, threads), None, found.decoding, found.notes)
     feeds = _timing_feeds(bundle, batch)
     one, two = open_engine(other, threads=threads), open_engine(bundle.engine(name), threads=threads)
     missing = [name for name in one.inputs if name not in feeds]
@@ -271,7 +277,7 @@ def _calibrate_decoder(
 ) -> Bundle:
     with stages.stage("read the calibration data"):
         text = read_text(data, bundle.path if preprocessor is None else preprocessor)
-    found = pair.measure(stages, text=text, limits=Limits())
+    found = pair.measure(stages, text=text, limits=Limits(), prompts=_about_prompts(bundle))
     report = bundle.report.model_copy(update={"machine": describe_machine(threads), "notes": (), "warnings": ()})
     report = with_generated(report, found, threads)
     report = report.model_copy(update={"gates": tuple(evaluate_gates(report, gates))})

@@ -15,7 +15,7 @@ import onnx
 from tokcc.pipeline.needles import plant
 from tokcc.pipeline.reading import PIECE, Array, Engine, Reading
 from tokcc.report.measure import Measured, measure
-from tokcc.report.schema import ContextPoint, NeedlePoint
+from tokcc.report.schema import ContextPoint, NeedlePoint, Spread
 
 __all__ = ["CONTEXTS", "Growth", "Limits", "break_even", "grow", "reached", "weight_bytes"]
 
@@ -194,13 +194,17 @@ def _point(
     )
 
 
-def break_even(points: Sequence[ContextPoint]) -> int | None:
-    """Return the first measured context from which on the engine is faster."""
+def break_even(points: Sequence[tuple[int, Spread]]) -> int | None:
+    """Return the first measured number of tokens from which on the engine is faster.
+
+    Args:
+        points: Tokens, ascending, and the speedup there.
+    """
     found = None
-    for point in reversed(points):
-        if point.speedup.median <= 1:
+    for tokens, speedup in reversed(points):
+        if speedup.median <= 1:
             break
-        found = point.context
+        found = tokens
     return found
 
 

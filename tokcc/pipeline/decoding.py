@@ -125,13 +125,18 @@ def measure_decoder(
             raise
         report = cache_facts(report, reduced, loaded)
         return replace(how, report=report.noted(f"nothing was measured: {error.what}"))
-    found = pair.measure(stages, text=text, limits=Limits(steps_s=how.budget_s))
+    assert reduced.caches is not None
+    prompts = reduced.caches.for_prompts
+    found = pair.measure(stages, text=text, limits=Limits(steps_s=how.budget_s), prompts=prompts)
     growth = found.growth
     before = {**found.feeds, **growth.before}
     for name in found.feeds:
         if name.startswith(_PAST) and name not in growth.before:
             del before[name]
     report = _with_layers(report, reduced, before, found.feeds, growth.context)
+    if found.prompts is not None:
+        flops = prompt_flops(reduced, found.prompts.longest)
+        report = report.model_copy(update={"totals": Totals.of(*flops, shapes=_shapes(found.timed_feeds))})
     return replace(how, report=with_generated(report, found, how.threads))
 
 
@@ -144,7 +149,7 @@ def _positions(loaded: Loaded, reduced: Reduced) -> int | None:
 
 def with_generated(report: Report, found: Generated, threads: int) -> Report:
     """Add what was measured."""
-    latency = latency_of(found.timed, found.feeds, threads)
+    latency = latency_of(found.timed, found.timed_feeds, threads)
     known = report.totals
     # FLOPs are those of the context that the layer table is about.
     same = known.shapes.get("attention_mask") == latency.shapes["attention_mask"]
@@ -172,6 +177,7 @@ def _with_layers(report: Report, reduced: Reduced, before: Feeds, after: Feeds, 
     flops = [_attention_flops(program, _shapes(feeds), of) for program, feeds, of in steps]
     slots = [_slots(feeds, of) for _, feeds, of in steps]
     rows = []
+    changed = {eviction.layer for eviction in plan.evictions} | set(plan.storages)
     for site in plan.sites:
         layer = site.layer
         names = sorted({part.name for part in plan.parts if part.layer == layer})
@@ -179,7 +185,7 @@ def _with_layers(report: Report, reduced: Reduced, before: Feeds, after: Feeds, 
         rows.append(
             LayerRow(
                 layer=layer,
-                site="cache" if names else "",
+                site="" if not names else "cache" if layer in changed else "attention",
                 step=", ".join(names),
                 tokens_in=slots[0][layer],
                 tokens_out=slots[0][layer] if slots[1][layer] is None else slots[1][layer],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from tokcc.pipeline.needles import usual_tokens
 from tokcc.pipeline.occupancy import Followed, follow, prompt_length
 from tokcc.pipeline.reading import PIECE, Array, Reading
 from tokcc.pipeline.stages import Stages
+from tokcc.pipeline.whole_prompts import Prompts, time_prompts
 from tokcc.report.measure import Measured
 from tokcc.report.schema import BreakEvenPoint, Decoding
 from tokcc.report.tokens import TokenText
@@ -32,6 +33,8 @@ class Generated:
         quality: On the text, or None.
         feeds: Inputs of the engine in the step that was timed last.
         notes: What a user should know.
+        prompts: Prompts in one call, where they were timed.
+        prompt_feeds: Inputs of the engine for the longest of them.
     """
 
     decoding: Decoding
@@ -39,18 +42,37 @@ class Generated:
     quality: Quality | None
     feeds: Mapping[str, Array]
     notes: tuple[str, ...]
+    prompts: Prompts | None = None
+    prompt_feeds: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def timed(self) -> Measured:
-        """The steps at the longest context."""
-        return self.growth.timed
+        """What the policy is about: the longest prompt where prompts were timed, steps at the longest context else."""
+        return self.growth.timed if self.prompts is None else self.prompts.timed
+
+    @property
+    def timed_feeds(self) -> Mapping[str, Array]:
+        """Inputs of the engine in it."""
+        return self.feeds if self.prompts is None else self.prompt_feeds
 
     @property
     def break_even(self) -> tuple[BreakEvenPoint, ...]:
-        """Ratio over contexts, in the form that all reports have."""
+        """Ratio over contexts or prompts, in the form that all reports have."""
+        rows = self.decoding.batch
+        if self.prompts is not None:
+            return tuple(
+                BreakEvenPoint(
+                    shapes={"input_ids": (rows, p.tokens), "attention_mask": (rows, p.tokens)},
+                    label=f"a prompt of {p.tokens}",
+                    tokens=p.tokens,
+                    ratio=p.speedup,
+                    runs=p.runs,
+                )
+                for p in self.prompts.points
+            )
         return tuple(
             BreakEvenPoint(
-                shapes={"input_ids": (self.decoding.batch, 1), "attention_mask": (self.decoding.batch, p.context + 1)},
+                shapes={"input_ids": (rows, 1), "attention_mask": (rows, p.context + 1)},
                 label=f"one token after {p.context}",
                 tokens=p.context,
                 ratio=p.speedup,
@@ -91,7 +113,9 @@ class Pair:
         self._batch = self._before.batch or self._after.batch or batch or 1
         self._seed = seed
 
-    def measure(self, stages: Stages, *, text: TokenText | None, limits: Limits, whole: bool = True) -> Generated:
+    def measure(
+        self, stages: Stages, *, text: TokenText | None, limits: Limits, whole: bool = True, prompts: bool = False
+    ) -> Generated:
         """Measure everything.
 
         Args:
@@ -99,6 +123,7 @@ class Pair:
             text: The calibration text, or None.
             limits: How long to measure.
             whole: Also look at text and caches, not at speed alone.
+            prompts: Also time prompts in one call, which are what counts then.
         """
         contexts = reached(self._positions)
         vocabulary = self._before.vocabulary or self._after.vocabulary or self._first_logits()
@@ -116,6 +141,19 @@ class Pair:
                 seed=self._seed,
                 advance=advance,
             )
+        read: Prompts | None = None
+        if prompts:
+            with stages.stage("measure prompts", len(contexts)) as advance:
+                read = time_prompts(
+                    self._before,
+                    self._after,
+                    stream,
+                    contexts,
+                    limits=limits,
+                    batch=self._batch,
+                    seed=self._seed,
+                    advance=advance,
+                )
         quality: Quality | None = None
         if text is not None and whole:
             longest = len(text.ids) if self._positions is None else min(len(text.ids), self._positions)
@@ -136,17 +174,21 @@ class Pair:
             weight_bytes_before=self._weights[0],
             weight_bytes_after=self._weights[1],
             points=growth.points,
-            break_even=break_even(growth.points),
+            break_even=break_even([(p.context, p.speedup) for p in growth.points]),
+            prompts=read.points if read else (),
+            prompt_break_even=break_even([(p.tokens, p.speedup) for p in read.points]) if read else None,
             text=quality.points if quality else (),
             needles=growth.needles,
             occupancy=followed.facts() if followed else None,
         )
-        notes = [*growth.notes, *(quality.notes if quality else ())]
+        notes = [*growth.notes, *(read.notes if read else ()), *(quality.notes if quality else ())]
         if followed is not None and followed.note:
             notes.append(followed.note)
         elif followed is None and whole:
             notes.append(f"there is no picture of what caches keep: {length} tokens take too long here")
-        return Generated(decoding, growth, quality, self._feeds(growth), tuple(notes))
+        feeds = self._feeds(1, growth.context + 1, growth.after)
+        first = self._feeds(read.longest, read.longest, self._after.empty_past(self._batch)) if read else {}
+        return Generated(decoding, growth, quality, feeds, tuple(notes), read, first)
 
     def _first_logits(self) -> int:
         return int(Reading(self._before, self._batch).peek(np.zeros(1, np.int64)).shape[-1])
@@ -161,13 +203,13 @@ class Pair:
             return known, text.source
         return np.concatenate([known, random[len(known) :]]), f"{text.source}, then random tokens"
 
-    def _feeds(self, growth: Growth) -> dict[str, Array]:
-        """Return the inputs of the step that was timed last, for their shapes."""
-        rows, context, axes = self._batch, growth.context, self._after.position_axes
+    def _feeds(self, new: int, seen: int, past: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the inputs of a call that sees so many tokens, its own included, for their shapes."""
+        rows, axes = self._batch, self._after.position_axes
         return {
-            "input_ids": np.zeros((rows, 1), np.int64),
-            "attention_mask": np.zeros((rows, context + 1), np.int64),
-            "position_ids": np.zeros((*([axes] if axes > 1 else []), rows, 1), np.int64),
-            **self._after.nothing(rows, 1),
-            **growth.after,
+            "input_ids": np.zeros((rows, new), np.int64),
+            "attention_mask": np.zeros((rows, seen), np.int64),
+            "position_ids": np.zeros((*([axes] if axes > 1 else []), rows, new), np.int64),
+            **self._after.nothing(rows, new),
+            **past,
         }

@@ -10,14 +10,17 @@ from tokcc.report.summary import bytes_text, percent, seconds_text, spread_text,
 __all__ = [
     "ContextRow",
     "NeedleRow",
+    "PromptRow",
     "TextRow",
     "break_even_text",
     "context_rows",
     "needle_hint",
     "needle_rows",
     "needle_total",
+    "prompt_rows",
     "rate_text",
     "text_rows",
+    "timed_call",
 ]
 
 _WEAK = 0.5
@@ -35,6 +38,15 @@ class ContextRow:
     cache: tuple[str, str]
     left: str
     bound: str
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A line of the table of prompts."""
+
+    tokens: str
+    seconds: tuple[str, str]
+    speedup: str
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,23 @@ def _context(point: ContextPoint) -> ContextRow:
         left=percent(point.cache_ratio),
         bound=times(point.bound),
     )
+
+
+def prompt_rows(decoding: Decoding) -> list[PromptRow]:
+    """Return the table of prompts in one call."""
+    return [
+        PromptRow(
+            str(p.tokens), (seconds_text(p.seconds_before), seconds_text(p.seconds_after)), spread_text(p.speedup)
+        )
+        for p in decoding.prompts
+    ]
+
+
+def timed_call(decoding: Decoding) -> str | None:
+    """Say what the headline figure is about; None where nothing was timed."""
+    if decoding.prompts:
+        return f"a prompt of {decoding.prompts[-1].tokens} tokens"
+    return f"a token after {decoding.points[-1].context}" if decoding.points else None
 
 
 def rate_text(value: float) -> str:
@@ -139,7 +168,13 @@ def needle_hint(decoding: Decoding) -> str:
 
 
 def break_even_text(decoding: Decoding) -> str:
-    """Say from which context on the engine is faster."""
+    """Say from which length of prompts, or which context on, the engine is faster."""
+    if decoding.prompts:
+        first, last = decoding.prompts[0].tokens, decoding.prompts[-1].tokens
+        if decoding.prompt_break_even is None:
+            return f"prompts are read no faster at any length up to {last} tokens"
+        every = "at every measured length, " if decoding.prompt_break_even == first else ""
+        return f"prompts are read faster {every}from {decoding.prompt_break_even} tokens on"
     if not decoding.points:
         return "not measured"
     if decoding.break_even is None:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tokcc.report.parts import Count, Fraction, Part, Positive, Seconds, Spread
 
-__all__ = ["ContextPoint", "Decoding", "LayerOccupancy", "NeedlePoint", "Occupancy", "TextPoint"]
+__all__ = ["ContextPoint", "Decoding", "LayerOccupancy", "NeedlePoint", "Occupancy", "PromptPoint", "TextPoint"]
 
 Perplexity = Annotated[float, Field(ge=1)]
 
@@ -35,6 +35,16 @@ class ContextPoint(Part):
     def cache_ratio(self) -> float:
         """Bytes of the cache after / before."""
         return self.cache_bytes_after / self.cache_bytes_before if self.cache_bytes_before else 1.0
+
+
+class PromptPoint(Part):
+    """Reading a prompt in one call."""
+
+    tokens: Count = Field(description="Tokens of the prompt.")
+    seconds_before: Seconds = Field(description="Median seconds of the call, baseline engine.")
+    seconds_after: Seconds = Field(description="The same, engine.")
+    speedup: Spread = Field(description="Baseline time / engine time, engines in turns.")
+    runs: Count = Field(description="Timed calls of each.")
 
 
 class TextPoint(Part):
@@ -93,6 +103,12 @@ class Decoding(Part):
     points: tuple[ContextPoint, ...] = Field(default=(), description="By context.")
     break_even: Count | None = Field(
         default=None, description="First measured context from which on the engine is faster; None = from none."
+    )
+    prompts: tuple[PromptPoint, ...] = Field(
+        default=(), description="Prompts in one call, by length; measured where a policy is about prompts."
+    )
+    prompt_break_even: Count | None = Field(
+        default=None, description="First measured length from which on prompts are read faster; None = from none."
     )
     text: tuple[TextPoint, ...] = Field(default=(), description="On the calibration text, by context.")
     needles: tuple[NeedlePoint, ...] = Field(default=(), description="Copied needles, by context and depth.")

@@ -73,7 +73,7 @@ def _shapes(report: Report) -> list[str]:
 def _caches(report: Report) -> list[str]:
     """Say where a policy for caches has not yet done anything."""
     points = report.decoding.points if report.decoding else ()
-    if not points or not any(row.step for row in report.layers):
+    if not points or not any(row.site == "cache" for row in report.layers):
         return []
     if points[-1].cache_bytes_after >= points[-1].cache_bytes_before:
         return [f"the caches are not smaller after {points[-1].context} tokens: the policy pays for longer texts only"]

@@ -14,7 +14,9 @@ from tokcc.report.contexts import (
     needle_hint,
     needle_rows,
     needle_total,
+    prompt_rows,
     text_rows,
+    timed_call,
 )
 from tokcc.report.kept import readable
 from tokcc.report.schema import Decoding, GateResult, KeptText, Report, Size
@@ -220,13 +222,12 @@ def _parity(report: Report) -> _Card:
 
 
 def _where(report: Report) -> str:
-    points = report.decoding.points if report.decoding else ()
-    return f" at a context of {points[-1].context} tokens" if points else ""
+    what = timed_call(report.decoding) if report.decoding else None
+    return "" if what is None else f" for {what}"
 
 
 def _run(report: Report) -> str:
-    points = report.decoding.points if report.decoding else ()
-    return f"a token after {points[-1].context}" if points else "a run"
+    return (timed_call(report.decoding) if report.decoding else None) or "a run"
 
 
 def _cache(decoding: Decoding) -> _Card:
@@ -252,6 +253,10 @@ def _decoding(decoding: Decoding) -> dict[str, Any]:
             "that is carried beside keys and values. The first token comes when the context is read. By bytes moved: "
             f"weights ({bytes_text(decoding.weight_bytes_before)}) and cache, read once, before / after. In all: "
             f"{break_even_text(decoding)}."
+        ),
+        "prompts": prompt_rows(decoding),
+        "prompts_hint": (
+            f"Prompts of {decoding.tokens} in one call, engines in turns. In all: {break_even_text(decoding)}."
         ),
         "text": text_rows(decoding),
         "text_hint": (

@@ -10,7 +10,15 @@ from typing import Literal, Self
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from tokcc.errors import OutputError, UsageError
-from tokcc.report.decoding import ContextPoint, Decoding, LayerOccupancy, NeedlePoint, Occupancy, TextPoint
+from tokcc.report.decoding import (
+    ContextPoint,
+    Decoding,
+    LayerOccupancy,
+    NeedlePoint,
+    Occupancy,
+    PromptPoint,
+    TextPoint,
+)
 from tokcc.report.parts import (
     BreakEvenPoint,
     Fidelity,
@@ -59,6 +67,7 @@ __all__ = [
     "ParityCheck",
     "PeakMemory",
     "PolicyFacts",
+    "PromptPoint",
     "Report",
     "Size",
     "Spread",

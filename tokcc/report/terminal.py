@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tokcc.report.contexts import break_even_text, context_rows, needle_total, text_rows
+from tokcc.report.contexts import break_even_text, context_rows, needle_total, prompt_rows, text_rows
 from tokcc.report.schema import Decoding, GateResult, Report
 from tokcc.report.summary import (
     Row,
@@ -58,6 +58,8 @@ def renderable(report: Report, *, bundle: str | Path, plain: bool = False) -> Re
         parts += [_layers(report, plain), Text("")]
     if report.decoding is not None and report.decoding.points:
         parts += [_contexts(report.decoding, plain), Text("")]
+    if report.decoding is not None and report.decoding.prompts:
+        parts += [_prompts(report.decoding, plain), Text("")]
     if report.decoding is not None and report.decoding.text:
         parts += [_texts(report.decoding, plain), Text("")]
     parts.append(_totals(report, str(bundle)))
@@ -129,6 +131,13 @@ def _contexts(decoding: Decoding, plain: bool) -> Table:
     for row in context_rows(decoding):
         pairs = [" -> ".join(pair) for pair in (row.speed, row.first_token, row.cache)]
         table.add_row(row.context, pairs[0], row.speedup, *pairs[1:], row.left, row.bound)
+    return table
+
+
+def _prompts(decoding: Decoding, plain: bool) -> Table:
+    table = _table(plain, "prompt", "in one call", "speedup")
+    for row in prompt_rows(decoding):
+        table.add_row(row.tokens, " -> ".join(row.seconds), row.speedup)
     return table
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokcc.errors import OutputError
+from tokcc.report.contexts import timed_call
 from tokcc.report.distances import Array
 from tokcc.report.extras import available
 from tokcc.report.findings import findings
@@ -111,7 +112,7 @@ def _jobs(report: Report, images: Sequence[Array], stages: Sequence[KeptTokens])
             name="latency",
             path="figures/latency.svg",
             dark_path="figures/latency-dark.svg",
-            title="Time of a run" if report.decoding is None else "Time of a token at the longest context",
+            title=f"Time of {(timed_call(report.decoding) if report.decoding else None) or 'a run'}",
             caption=f"Dots: {latency.runs} interleaved runs. Upright line: median. Across: 10th to 90th percentile.",
             alt=f"Bar chart: median {latency.baseline.median:.4g} s baseline, {latency.engine.median:.4g} s engine.",
         )
