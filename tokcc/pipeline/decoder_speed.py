@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import onnx
 
 from tokcc.pipeline.needles import plant
 from tokcc.pipeline.reading import PIECE, Array, Engine, Reading
-from tokcc.report.measure import Measured, measure
+from tokcc.report.measure import Measured, measure, timed_seconds
 from tokcc.report.schema import ContextPoint, NeedlePoint, Spread
 
 __all__ = ["CONTEXTS", "Growth", "Limits", "break_even", "grow", "reached", "weight_bytes"]
@@ -34,7 +34,7 @@ class Limits:
     """
 
     budget_s: float = 90.0
-    steps_s: float = 10.0
+    steps_s: float = field(default_factory=timed_seconds)
     runs: int | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from tokcc.report.fidelity import Contract, FidelityMeter
 from tokcc.report.kept import KeptTokens, patch_grid
 from tokcc.report.machine import describe_machine
 from tokcc.report.measure import Measured as Timed
-from tokcc.report.measure import measure
+from tokcc.report.measure import measure, timed_seconds
 from tokcc.report.schema import (
     Fidelity,
     Latency,
@@ -83,7 +83,7 @@ class Measurement:
 
     seed: int = 0
     threads: int = 0
-    budget_s: float = 10.0
+    budget_s: float = field(default_factory=timed_seconds)
     report: Report | None = None
     images: tuple[Array, ...] = ()
     texts: tuple[list[str], ...] = ()
