@@ -90,10 +90,20 @@ def _probs(rows: int, keys: int, width: int, dtype: torch.dtype, device: torch.d
     return q, k, None, width**-0.5
 
 
+def _columns(tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> Args:
+    q, k, _, scale = _probs(tokens, tokens, width, dtype, device)
+    return q, k, torch.rand(2, 1, 1, tokens, device=device) > 0.1, None, scale, True
+
+
 CPU = torch.device("cpu")
 HALF = torch.bfloat16
 
 CHECKS: Mapping[str, Check] = {
+    "attention_columns": Check(
+        lambda dtype: _columns(197, 80, dtype, CPU),
+        lambda device: _columns(4096, 128, HALF, device),
+        lambda a: _size(a[0], a[1]) + 2 * 8 * 4096 * 2,
+    ),
     "attention_probs": Check(
         lambda dtype: _probs(5, 197, 80, dtype, CPU),
         lambda device: _probs(1, 8192, 128, HALF, device),

@@ -3,6 +3,7 @@
 Importing this package registers them with torch.
 """
 
+from tokcc.kernels.attention_columns import attention_columns
 from tokcc.kernels.attention_probs import attention_probs
 from tokcc.kernels.block_sparse_attention import block_sparse_attention
 from tokcc.kernels.cached_attention import cached_attention
@@ -22,6 +23,7 @@ from tokcc.kernels.split_blocks import split_blocks
 from tokcc.kernels.topk_select import topk_select
 
 __all__ = [
+    "attention_columns",
     "attention_probs",
     "block_sparse_attention",
     "cached_attention",

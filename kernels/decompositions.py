@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tokcc.kernels.attention_columns.reference import reference as attention_columns
 from tokcc.kernels.attention_probs.reference import reference as attention_probs
 from tokcc.kernels.block_sparse_attention.decomposition import decomposition as block_sparse_attention
 from tokcc.kernels.cached_attention.decomposition import decomposition as cached_attention
@@ -29,6 +30,7 @@ from tokcc.kernels.topk_select.reference import reference as topk_select
 __all__ = ["DECOMPOSITIONS", "LOOPS", "overload", "triton_forms"]
 
 DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
+    "attention_columns": attention_columns,
     "attention_probs": attention_probs,
     "block_sparse_attention": block_sparse_attention,
     "cached_attention": cached_attention,

@@ -9,43 +9,13 @@ from torch import Tensor
 
 from tokcc.kernels.compile import Case
 from tokcc.kernels.configs import Config, choose, dtype_of, kind
-from tokcc.kernels.device import exp2_shift, load
+from tokcc.kernels.device import exp2_shift, load, logits_of, row_sums
 from tokcc.kernels.gpu import Runner, arch_of, interpreted, plain, pow2, precision, row_major
 
 __all__ = ["attention_probs_triton", "cases", "launch"]
 
 _OP = "attention_probs"
 _LOG2E = 1.4426950408889634
-
-
-@triton.jit
-def _logits(
-    q,
-    K,
-    at,
-    keys,
-    k_n,
-    Mask,
-    m_n,
-    own,
-    scale,
-    d,
-    D: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UP: tl.constexpr,
-):
-    """Return the logits of a tile to the base 2, -inf where hidden."""
-    real = at < keys
-    k = load(K + at[:, None].to(tl.int64) * k_n + d[None, :], real[:, None] & (d < D)[None, :], UP)
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    seen = own[:, None] & real[None, :]
-    if MASK == 1:
-        seen = seen & (tl.load(Mask + at[None, :].to(tl.int64) * m_n, mask=seen, other=0) != 0)
-    if MASK == 2:
-        bias = tl.load(Mask + at[None, :].to(tl.int64) * m_n, mask=seen)
-        logits += tl.where(seen, bias.to(tl.float32), 0.0) * 1.4426950408889634
-    return tl.where(seen, logits, float("-inf"))
 
 
 @triton.jit
@@ -87,20 +57,12 @@ def _rows(
     q = load(Q + sample * q_b + head * q_h + at * q_n + d[None, :], own[:, None] & (d < D)[None, :], UP)
     k = K + sample * k_b + head * k_h
     mask = Mask + sample * m_b + head * m_h + at * m_r
-    peak = tl.full([BR], float("-inf"), tl.float32)
-    mass = tl.zeros([BR], tl.float32)
-    for start in range(0, keys, BN):
-        key = start + tl.arange(0, BN)
-        logits = _logits(q, k, key, keys, k_n, mask, m_n, own, scale, d, D, MASK, PRECISION, UP)
-        raised = tl.maximum(peak, tl.max(logits, 1))
-        shift = exp2_shift(raised)
-        mass = mass * tl.exp2(peak - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
-        peak = raised
+    peak, mass = row_sums(q, k, keys, k_n, mask, m_n, own, scale, d, BR, BN, D, MASK, PRECISION, UP)
     shift = exp2_shift(peak)
     share = 1.0 / tl.where(mass > 0, mass, 1.0)  # a row that may attend to nothing is zero
     for start in range(0, keys, BN):
         key = start + tl.arange(0, BN)
-        logits = _logits(q, k, key, keys, k_n, mask, m_n, own, scale, d, D, MASK, PRECISION, UP)
+        logits = logits_of(q, k, key, keys, k_n, mask, m_n, own, scale, d, D, MASK, PRECISION, UP)
         probs = tl.exp2(logits - shift[:, None]) * share[:, None]
         out = Out + (pair * rows + row[:, None]) * keys + key[None, :]
         tl.store(out, probs.to(Out.dtype.element_ty), mask=own[:, None] & (key < keys)[None, :])

@@ -6,10 +6,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from tokcc.passes.cut import Cut
+from tokcc.passes.cut import AttentionView, Cut
 from tokcc.passes.depth import LayerChoice, chosen_layer, read_layer
 from tokcc.passes.piece import Score
-from tokcc.passes.scores.attention_rows import query_rows
 
 __all__ = ["AttentionReceived"]
 
@@ -44,16 +43,24 @@ class AttentionReceived(Score):
     def emit(self, cut: Cut) -> Any:
         """Return ``[B, N]``."""
         b = cut.b
-        probs = query_rows(cut, cut.attention(read_layer(self.layer, cut)), 0, None)  # [B, H, N, N]
-        over_heads = (b.mean if self.heads == "mean" else b.sum)(probs, 1)  # [B, N, N]
-        if self.mask_query_rows and cut.valid is not None:
-            votes = b.unsqueeze(b.cast(cut.valid, b.dtype(over_heads)), 2)
-            over_heads = b.mul(over_heads, votes)
-        total = b.sum(over_heads, 1)  # [B, N]
-        if self.skip_diagonal:
-            total = b.sub(total, b.call(aten.diagonal.default, over_heads, 0, 1, 2))
+        received = self._received(cut, cut.attention(read_layer(self.layer, cut)))  # [B, H, N]
+        total = (b.mean if self.heads == "mean" else b.sum)(received, 1)  # [B, N]
         if self.statistic == "mean":
             # The divisor is the length before any reduction, so that scores keep their scale from layer to layer.
             length = cut.space.root.size
             total = b.div(total, float(length)) if isinstance(length, int) else b.div(total, length)
         return total
+
+    def _received(self, cut: Cut, view: AttentionView) -> Any:
+        """Return what every token receives in every head, ``[B, H, N]``."""
+        b = cut.b
+        votes = cut.valid if self.mask_query_rows else None
+        if view.probs is None:
+            votes = None if votes is None else b.cast(votes, b.dtype(view.query))
+            args = (view.query, view.key, view.mask, votes, view.scale, self.skip_diagonal)
+            return b.call(torch.ops.tokcc.attention_columns.default, *args)
+        probs = view.probs  # [B, H, N, N]
+        if votes is not None:
+            probs = b.mul(probs, b.unsqueeze(b.unsqueeze(b.cast(votes, b.dtype(probs)), 1), 3))
+        total = b.sum(probs, 2)
+        return b.sub(total, b.call(aten.diagonal.default, probs, 0, 2, 3)) if self.skip_diagonal else total

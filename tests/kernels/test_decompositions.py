@@ -37,6 +37,15 @@ def attention(batch: int, length: int) -> tuple[Tensor, ...]:
 
 
 CASES: dict[str, tuple[Call, Callable[[int, int], tuple[Tensor, ...]]]] = {
+    "attention_columns": (
+        lambda op, q, k, mask, votes: op(q, k, mask[:, None, None], votes, 0.3, True),
+        lambda b, n: (
+            random(b, 2, n, 4),
+            random(b, 2, n, 4, seed=1),
+            torch.arange(n) < n - torch.arange(b)[:, None],
+            random(b, n, seed=2).abs(),
+        ),
+    ),
     "attention_probs": (
         lambda op, q, k, mask: op(q, k, mask[:, None, None], 0.3),
         lambda b, n: (random(b, 2, 3, 4), random(b, 2, n, 4, seed=1), torch.arange(n) < n - torch.arange(b)[:, None]),

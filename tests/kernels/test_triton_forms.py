@@ -24,6 +24,7 @@ def _cases() -> dict[str, tuple[Any, ...]]:
     blocks, counts = torch.zeros(2, 2, 3, 2, dtype=torch.int32), torch.ones(2, 2, 3, dtype=torch.int32)
     index, x = torch.tensor([[0, 2, 3]] * 2), torch.randn(2, 9, 5)
     return {
+        "attention_columns": (q, q, torch.ones(2, 1, 1, 70, dtype=torch.bool), torch.ones(2, 70), 0.25, True),
         "attention_probs": (q, q, torch.ones(2, 1, 1, 70, dtype=torch.bool), 0.25),
         "block_sparse_attention": (q, kv, kv, blocks, counts, 32, 64, True, 0.25, torch.ones(2, 70, dtype=torch.bool)),
         "gather_slots": (cache, torch.zeros(2, 3, 4, dtype=torch.int64)),

@@ -70,6 +70,8 @@ def node_flops(node: fx.Node, bindings: Mapping[Any, int]) -> int:
         return int(2 * math.prod(query[:-1]) * index[-1] * block * (query[-1] + value[-1]))
     if target is torch.ops.tokcc.attention_probs.default:
         return 2 * math.prod(_shape(node, bindings)) * _shape(args[0], bindings)[-1]
+    if target is torch.ops.tokcc.attention_columns.default:
+        return 2 * math.prod(_shape(args[0], bindings)) * _shape(args[1], bindings)[2]
     if target is torch.ops.tokcc.merge_tokens.default:
         batch, _, width = _shape(args[0], bindings)
         kept, merged = _shape(args[2], bindings)[1], _shape(args[3], bindings)[1]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels import test_gather_tokens, test_merge_tokens
+from tests.kernels import test_attention_columns, test_gather_tokens, test_merge_tokens
 from tests.kernels.test_merge_tokens import TOLERANCE, Merge
+from tokcc.kernels.attention_columns.triton import launch as columns
 from tokcc.kernels.attention_probs.reference import reference as attention_probs
 from tokcc.kernels.attention_probs.triton import launch as probs
 from tokcc.kernels.gather_slots.triton import launch as gather_slots
@@ -122,4 +123,23 @@ def test_attention_rows(rows: int, keys: int, width: int, mask: str, dtype: torc
     bias = hidden.double() if mask == "bias" and hidden is not None else hidden
     expected = attention_probs(query.double(), key.double(), bias, 0.2)
     tolerance = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("rows", "keys", "width"), [(17, 33, 8), *(pytest.param(*case, marks=SLOW) for case in ((1, 1, 8), (70, 70, 80)))]
+)
+@pytest.mark.parametrize("form", ["rows", "bias", pytest.param("none", marks=SLOW), pytest.param("keys", marks=SLOW)])
+@pytest.mark.parametrize("others", [False, True])
+def test_columns(rows: int, keys: int, width: int, form: str, others: bool, dtype: torch.dtype) -> None:
+    query, key, mask, votes = test_attention_columns.inputs(rows, keys, width, form)
+    query, key = query.to(dtype), key.to(dtype)
+    if form == "bias" and mask is not None:
+        mask = mask.to(dtype)
+    counted = votes if form == "rows" else None
+    found = columns(query, key, mask, counted, 0.2, others)
+    wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    expected = test_attention_columns.brute_force(query.double(), key.double(), wide, counted, 0.2, others)
+    tolerance = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)

@@ -20,6 +20,9 @@ def tokens_cases() -> list[Case]:
     scores = Input(("B", "N"))
     four = Input(("B", 2, "N", 4))
 
+    def columns(b: Any, q: Any, k: Any, mask: Any, votes: Any = None, *, others: bool) -> Any:
+        return b.call(ops.attention_columns.default, q, k, mask, votes, 0.4, others)
+
     def merge(b: Any, x: Any, order: Any, slot: Any, weight: Any = None, first: Any = 0) -> Any:
         keep = b.slice(order, 1, 0, b.sub_sizes(b.size(x, 1), 2))
         source = b.slice(order, 1, b.sub_sizes(b.size(x, 1), 2), b.size(x, 1))
@@ -172,6 +175,14 @@ def tokens_cases() -> list[Case]:
             "topk_select-size",
             lambda b, x: b.call(ops.topk_select.default, x, b.floordiv_sizes(b.add_sizes(b.size(x, 1), 1), 2), True),
             (scores,),
+        ),
+        *(
+            Case(
+                f"attention_columns-{name}",
+                functools.partial(columns, others=others),
+                (four, four, Input(("B", 1, 1, "N"), "bool"), *((scores,) if name == "votes" else ())),
+            )
+            for name, others in (("plain", False), ("others", True), ("votes", True))
         ),
         Case(
             "attention_probs",

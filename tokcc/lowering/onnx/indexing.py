@@ -12,7 +12,7 @@ from tokcc.errors import LoweringError
 from tokcc.ir.builder import same_size
 from tokcc.lowering.onnx.translate import Translator, ir_dtype
 
-__all__ = ["LOWERINGS"]
+__all__ = ["LOWERINGS", "main_diagonal"]
 
 aten = torch.ops.aten
 _END = 2**62
@@ -191,21 +191,32 @@ def roll(t: Translator, node: fx.Node, x: Any, shifts: Sequence[int], dims: Sequ
 
 
 def diagonal(t: Translator, node: fx.Node, x: Any, offset: int = 0, first: int = 0, second: int = 1) -> Any:
-    """Main diagonal of the last two axes: multiply by the identity and sum, which needs no gather."""
-    rank = _rank(x)
+    """Main diagonal of the last two axes."""
+    rank, shape = _rank(x), x.meta["val"].shape
     if offset != 0 or (first % rank, second % rank) != (rank - 2, rank - 1):
         raise LoweringError("a diagonal other than the main one of the last axes", node=node.name)
-    value = t.value(x)
-    size = t.op("Shape", value, start=rank - 1, end=rank)
-    length = x.meta["val"].shape[-1]
-    if not same_size(length, x.meta["val"].shape[-2]):
+    return main_diagonal(t, node, t.value(x), shape, x.meta["val"].dtype)
+
+
+def main_diagonal(t: Translator, node: fx.Node, value: Any, shape: Sequence[Any], dtype: torch.dtype) -> Any:
+    """Mark the diagonal of square matrices and sum, which needs no gather.
+
+    Args:
+        t: Translates.
+        node: What is translated, for errors.
+        value: The matrices.
+        shape: Their sizes.
+        dtype: Their type.
+    """
+    rank, length = len(shape), shape[-1]
+    if not same_size(length, shape[-2]):
         raise LoweringError("a diagonal of matrices that are not square", node=node.name)
+    size = t.op("Shape", value, start=rank - 1, end=rank)
     stop = t.op.constant(length, ir_dtype(torch.int64)) if isinstance(length, int) else t.op("Squeeze", size)
     zero, one = (t.op.constant(v, ir_dtype(torch.int64)) for v in (0, 1))
     position = t.op("Range", zero, stop, one)
     mark = t.op("Equal", t.op("Unsqueeze", position, t.op.ints([1])), t.op("Unsqueeze", position, t.op.ints([0])))
-    zeros = t.value(0.0, x.meta["val"].dtype)
-    return t.op("ReduceSum", t.op("Where", mark, value, zeros), t.op.ints([rank - 1]), keepdims=0)
+    return t.op("ReduceSum", t.op("Where", mark, value, t.value(0.0, dtype)), t.op.ints([rank - 1]), keepdims=0)
 
 
 LOWERINGS: dict[Any, Any] = {

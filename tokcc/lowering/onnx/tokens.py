@@ -14,6 +14,7 @@ from torch import fx
 
 import tokcc.kernels
 from tokcc.lowering.onnx.algebra import additive_mask, probabilities
+from tokcc.lowering.onnx.indexing import main_diagonal
 from tokcc.lowering.onnx.translate import Translator, ir_dtype
 
 __all__ = ["LOWERINGS"]
@@ -122,10 +123,30 @@ def attention_probs(t: Translator, node: fx.Node, query: Any, key: Any, mask: An
     return probabilities(t, t.value(query), t.value(key), added, float(scale), dtype, 4)
 
 
+def attention_columns(
+    t: Translator, node: fx.Node, query: Any, key: Any, mask: Any, votes: Any, scale: float, others: bool
+) -> Any:
+    """The map of the attention itself, which is there already, times the votes."""
+    probs, dtype = attention_probs(t, node, query, key, mask, scale), node.meta["val"].dtype
+    if votes is None:
+        sums = t.op("ReduceSum", probs, t.op.ints([2]), keepdims=0)
+    else:
+        counted = t.op("Unsqueeze", t.value(votes, dtype), t.op.ints([1, 2]))  # [B, 1, 1, R]
+        sums = t.op("Squeeze", t.op("MatMul", counted, probs), t.op.ints([2]))
+    if not others:
+        return sums
+    square = (*query.meta["val"].shape[:3], key.meta["val"].shape[2])
+    own = main_diagonal(t, node, probs, square, dtype)  # [B, H, N]
+    if votes is not None:
+        own = t.op("Mul", own, t.op("Unsqueeze", t.value(votes, dtype), t.op.ints([1])))
+    return t.op("Sub", sums, own)
+
+
 LOWERINGS: dict[Any, Any] = {
     ops.gather_tokens.default: gather_tokens,
     ops.scatter_tokens.default: scatter_tokens,
     ops.merge_tokens.default: merge_tokens,
     ops.topk_select.default: topk_select,
+    ops.attention_columns.default: attention_columns,
     ops.attention_probs.default: attention_probs,
 }
