@@ -28,17 +28,21 @@ _TOLERANCE = 1e-3
 
 
 def policy_of(method: str, **given: Any) -> dict[str, Any]:
-    """Return the policy of ``name`` or ``name:parameter=value,...``.
+    """Return the policy of ``name`` or ``name:parameter=value,key.inner=value,...``.
 
     Args:
-        method: A preset, or ``none``; parameters behind the colon come last.
+        method: A preset, or ``none``; what stands behind the colon comes last.
         given: Further parameters.
     """
     name, _, own = method.partition(":")
     if name == "none":
         return {"version": 1, "name": "none", "steps": []}
-    pairs = (part.partition("=") for part in own.split(",") if part)
-    return short(name, **(given | {key: yaml.safe_load(value) for key, _, value in pairs}))
+    found: dict[str, Any] = dict(given)
+    for key, _, value in (part.partition("=") for part in own.split(",") if part):
+        outer, _, inner = key.partition(".")
+        read = yaml.safe_load(value)
+        found[outer] = {**found.get(outer, {}), inner: read} if inner else read
+    return short(name, **found)
 
 
 def lowered(program: Program, policy: dict[str, Any] | Policy | str, path: Path) -> Reduced:

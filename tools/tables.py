@@ -215,6 +215,31 @@ def _sparse_speed(result: dict[str, Any]) -> str:
     return f"{table(head, body)}\n\n{result['what'].capitalize()}. {_where(result)}{busy}"
 
 
+def _sparse_decode(result: dict[str, Any]) -> str:
+    """Engines by rows: what a step takes, and the ratio to the two engines that read everything."""
+
+    def ratio(row: dict[str, Any], key: str) -> str:
+        found = row.get(key)
+        return "-" if not found else f"{found['median']:.2f}x ({found['p25']:.2f}-{found['p75']:.2f})"
+
+    head = ["tokens", "engine", "a step", "must read", "over copied caches", "over slots", "bound over slots"]
+    body = [
+        [
+            str(row["context"]),
+            f"*{row['engine']}*" if row["engine"].startswith("none") else f"`{row['engine']}`",
+            f"{row['ms']['median']:.1f} ms",
+            f"{row['least_mb']:.0f} MB",
+            ratio(row, "over_merged"),
+            ratio(row, "over_slots"),
+            f"{row['bound_over_slots']:.2f}x",
+        ]
+        for row in result["rows"]
+    ]
+    load = result["environment"].get("load_average_1min")
+    busy = f" Load of the machine before: {load:.1f}." if load is not None else ""
+    return f"{table(head, body)}\n\n{result['what'].capitalize()}. {_where(result)}{busy}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy_image": _accuracy,
     "accuracy_text": _accuracy,
@@ -223,6 +248,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "visual_tokens": _visual_tokens,
     "vlm_speed": _vlm_speed,
     "sparse_speed": _sparse_speed,
+    "sparse_decode": _sparse_decode,
     "decoder_speed": _decoder_speed,
     "decoder_prefill": _decoder_speed,
     "perplexity": _perplexity,

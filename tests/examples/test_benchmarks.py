@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tokcc
-from benchmarks import accuracy, grid, op_profile, probe, speed, timing, tome_eager, vits
+from benchmarks import accuracy, decoders, grid, op_profile, probe, speed, timing, tome_eager, vits
 from benchmarks.engines import Model, export_plain, open_session
 from tokcc.config import load_policy
 from tokcc.passes.methods import library
@@ -186,3 +186,17 @@ def test_only_the_classifier_can_be_patched() -> None:
     other = Model("other", nn.Identity(), (torch.zeros(1),), ("x",), ("y",))
     with pytest.raises(TypeError, match="Identity"):
         tome_eager.patched(other, 1)
+
+
+def test_methods_of_the_command_line() -> None:
+    assert decoders.policy_of("none")["steps"] == []
+    step = {"preset": "dhsa", "keep": 0.3, "share": "each", "blocks": {"query": 64, "key": 16}}
+    found = decoders.policy_of("dhsa:blocks.query=64,blocks.key=16,keep=0.3", keep=0.5, share="each")
+    assert found["steps"] == [step]
+
+
+def test_an_engine_that_differs_is_not_timed() -> None:
+    decoders.refuse_difference("x", np.array([1.0, -2.0]), np.array([1.0, -2.001]))
+    for got in ([1.0, -2.1], [np.nan, -2.0]):
+        with pytest.raises(SystemExit, match="nothing is timed"):
+            decoders.refuse_difference("x", np.array(got), np.array([1.0, -2.0]))
