@@ -5,6 +5,7 @@ Importing this package registers them with torch.
 
 from tokcc.kernels.attention_columns import attention_columns
 from tokcc.kernels.attention_probs import attention_probs
+from tokcc.kernels.block_maxima import block_maxima
 from tokcc.kernels.block_sparse_attention import block_sparse_attention
 from tokcc.kernels.cached_attention import cached_attention
 from tokcc.kernels.choose_by_size import choose_by_size
@@ -25,6 +26,7 @@ from tokcc.kernels.topk_select import topk_select
 __all__ = [
     "attention_columns",
     "attention_probs",
+    "block_maxima",
     "block_sparse_attention",
     "cached_attention",
     "choose_by_size",

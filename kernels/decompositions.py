@@ -13,6 +13,7 @@ import torch
 
 from tokcc.kernels.attention_columns.reference import reference as attention_columns
 from tokcc.kernels.attention_probs.reference import reference as attention_probs
+from tokcc.kernels.block_maxima.reference import reference as block_maxima
 from tokcc.kernels.block_sparse_attention.decomposition import decomposition as block_sparse_attention
 from tokcc.kernels.cached_attention.decomposition import decomposition as cached_attention
 from tokcc.kernels.choose_by_size.decomposition import decomposition as choose_by_size
@@ -32,6 +33,7 @@ __all__ = ["DECOMPOSITIONS", "LOOPS", "overload", "triton_forms"]
 DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
     "attention_columns": attention_columns,
     "attention_probs": attention_probs,
+    "block_maxima": block_maxima,
     "block_sparse_attention": block_sparse_attention,
     "cached_attention": cached_attention,
     "choose_by_size": choose_by_size,

@@ -279,6 +279,14 @@ class SparseCut:
         start = b.sub(b.unsqueeze(self.first_slots, 1), count * self.block_k)
         return b.logical_and(self.reached, b.compare("gt", b.add(self.block_starts, self.block_k), start))
 
+    def edges(self, sinks: int, local: int) -> Any:
+        """Return bool ``[B or 1, 1, MQ, M]``: the first blocks of a sample, those in front of a row, and its own."""
+        b = self.b
+        own = self.nearest(local)
+        if not sinks:
+            return b.unsqueeze(b.unsqueeze(own, 0), 0)
+        return b.logical_or(own, b.logical_and(self.sinks(sinks), self.visible))
+
     def grouped(self, x: Any) -> Any:
         """Return ``[B, H, ...]`` as ``[B, Hkv, G, ...]``."""
         shape = self.b.shape(x)

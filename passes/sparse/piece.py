@@ -127,11 +127,7 @@ class SparseSelector(_SparsePiece):
 
     def forced(self, cut: SparseCut) -> Any:
         """Return bool ``[B or 1, 1, MQ, M]``: what is read in any case."""
-        b = cut.b
-        own = cut.nearest(self.local)
-        if not self.sinks:
-            return b.unsqueeze(b.unsqueeze(own, 0), 0)
-        return b.logical_or(own, b.logical_and(cut.sinks(self.sinks), cut.visible))
+        return cut.edges(self.sinks, self.local)
 
     def tokens(self, cut: SparseCut, score: Any, budget: Count) -> TokenSets:
         """Return what takes part, where that is what the selector chooses; arguments as for :meth:`select`."""

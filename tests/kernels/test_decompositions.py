@@ -50,6 +50,10 @@ CASES: dict[str, tuple[Call, Callable[[int, int], tuple[Tensor, ...]]]] = {
         lambda op, q, k, mask: op(q, k, mask[:, None, None], 0.3),
         lambda b, n: (random(b, 2, 3, 4), random(b, 2, n, 4, seed=1), torch.arange(n) < n - torch.arange(b)[:, None]),
     ),
+    "block_maxima": (
+        lambda op, q, k, a, c, real: op(q[:, :, 2:], k, a[:, :, 2:], c, real, 4, 3),
+        lambda b, n: (*attention(b, n)[:2], random(b, 4, n, seed=4), random(b, 4, n, seed=5), attention(b, n)[3]),
+    ),
     "cached_attention": (
         lambda op, q, k, v, real, bias: op(q, k, v, real, 3, 0.3, 5.0, bias),
         attention,

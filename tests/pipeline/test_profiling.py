@@ -64,7 +64,18 @@ def test_equals_the_model_s_own_attention(tmp_path: Path) -> None:
 def test_the_file_serves_two_methods(tmp_path: Path) -> None:
     folder, path = model_folder(tmp_path / "model"), tmp_path / "heads.json"
     assert main(["profile", str(folder), "-o", str(path), "--tokens", "64", "--quiet"]) == 0
-    assert sorted(json.loads(path.read_text())) == ["echo", "errors", "heads", "induction", "measured", "retrieval"]
+    assert sorted(json.loads(path.read_text())) == [
+        "echo",
+        "errors",
+        "heads",
+        "induction",
+        "key_channels",
+        "key_pairs",
+        "measured",
+        "query_channels",
+        "query_pairs",
+        "retrieval",
+    ]
     razor = {"preset": "razor-attention", "profile": str(path), "sinks": 1, "recent": 5, "induction": 0.3}
     compiled(folder, tmp_path / "razor", {"version": 1, "name": "razor", "steps": [razor]})
     compress = {"preset": "compresskv", "profile": str(path), "tokens": 16, "least": 8, "window": 4}

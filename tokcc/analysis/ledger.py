@@ -68,6 +68,9 @@ def node_flops(node: fx.Node, bindings: Mapping[Any, int]) -> int:
         block: Any = args[6]
         # At most: lists may be shorter than they have room for, and reach behind the row.
         return int(2 * math.prod(query[:-1]) * index[-1] * block * (query[-1] + value[-1]))
+    if target is torch.ops.tokcc.block_maxima.default:
+        query, key = (_shape(a, bindings) for a in args[:2])
+        return 2 * math.prod(query) * key[-2]
     if target is torch.ops.tokcc.attention_probs.default:
         return 2 * math.prod(_shape(node, bindings)) * _shape(args[0], bindings)[-1]
     if target is torch.ops.tokcc.attention_columns.default:

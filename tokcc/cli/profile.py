@@ -21,7 +21,7 @@ def profile_command(
     keep: Annotated[
         float, typer.Option(help="Share that stays when errors are measured, and that patterns read.")
     ] = 0.25,
-    block: Annotated[int, typer.Option(help="Queries and keys in a block of the heads' patterns, with --data.")] = 64,
+    block: Annotated[int, typer.Option(help="Queries in a block of the heads' patterns, with --data.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
     data: Annotated[Path | None, typer.Option(help="A text to measure scans and patterns on.")] = None,
     allow_pickle: Unpickle = False,
@@ -31,9 +31,10 @@ def profile_command(
 ) -> None:
     """Measure what each head of a decoder does, for methods that keep more for some heads or layers than for others.
 
-    Random tokens are enough. Name the file in a policy: `profile: heads.json` (razor-attention, compresskv). On a text
-    the pattern of each head for sparse attention is found as well (minference). Of a state-space decoder the scans are
-    measured, best on a text: `weights: scans.safetensors` (longmamba).
+    Random tokens are enough. Name the file in a policy: `profile: heads.json` (razor-attention, compresskv,
+    double-sparsity, fasa). On a text the pattern and the threshold of each head for sparse attention are found as well
+    (minference, sale). Of a state-space decoder the scans are measured, best on a text: `weights: scans.safetensors`
+    (longmamba).
     """
     out = Output(json=json, quiet=quiet, verbose=verbose)
     with out.running():

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcc.analysis.cache_sites import cache_sites
+from tokcc.analysis.cache_sites import CacheSite, cache_sites
 from tokcc.analysis.channel_numbers import Channels, ChannelSums
 from tokcc.analysis.head_numbers import Attended, Heard, copies, cut_error, heard_attention, span_mass
+from tokcc.analysis.pair_numbers import OrderedPairs, PairAgreement
+from tokcc.analysis.rotation_pairs import Pairs, channel_pairs
 from tokcc.analysis.state_sites import state_sites
 from tokcc.backends.calls import empty_past
 from tokcc.backends.parity import oracle
@@ -27,6 +29,7 @@ from tokcc.passes.methods import library
 from tokcc.pipeline.decoding import tokenized
 from tokcc.pipeline.profiling_patterns import PatternSearch
 from tokcc.pipeline.profiling_scans import ScanProfile, profile_scans
+from tokcc.pipeline.profiling_thresholds import ThresholdSearch
 from tokcc.pipeline.request import ModelRequest
 from tokcc.pipeline.saved_profile import SavedProfile
 from tokcc.pipeline.stages import Stages
@@ -61,6 +64,10 @@ class HeadProfile(SavedProfile):
         patterns: What each query head reads best in sparse attention, as a policy writes it; None without a text.
         key_channels: Of each layer and key head, the channels in which products of queries and keys are largest first.
         query_channels: The same of each query head alone.
+        key_pairs: Of each layer and key head, the pairs of channels that one frequency turns, first those which alone
+            find most of what is attended to; None in a model without rotations.
+        query_pairs: The same of each query head alone.
+        thresholds: Estimated ratios that each query head may leave out in sparse attention; None without a text.
     """
 
     echo: tuple[tuple[float, ...], ...]
@@ -72,6 +79,9 @@ class HeadProfile(SavedProfile):
     patterns: tuple[tuple[dict[str, Any], ...], ...] | None = None
     key_channels: Channels | None = None
     query_channels: Channels | None = None
+    key_pairs: OrderedPairs | None = None
+    query_pairs: OrderedPairs | None = None
+    thresholds: tuple[tuple[float, ...], ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """See :class:`SavedProfile`."""
@@ -105,7 +115,7 @@ def profile(
     """Measure the heads of a decoder on random tokens, or the scans of a state-space decoder.
 
     Random tokens do for what heads look back at. Scans are better measured on a text: what they take in depends on it;
-    and patterns of sparse attention are only found on one, best as long as the prompts that are meant.
+    and patterns and thresholds of sparse attention are only found on one, best as long as the prompts that are meant.
 
     Args:
         model: As for ``compile``.
@@ -158,16 +168,19 @@ def profile(
         for ids, _ in texts:
             errors += torch.tensor(listener.losing(ids, chosen, max(round(keep * tokens), 2 * WINDOW))) / len(texts)
             advance(1)
-    patterns, channels = None, ChannelSums()
+    patterns, thresholds, channels = None, None, ChannelSums()
+    pairs = _pairs_of_layers(program, sites)
+    agreement = PairAgreement(pairs)
+    of_channels = [channels.hear, *([agreement.hear] if pairs else [])]
     if data is None:
         with stages.stage("measure channels"):
-            listener.run(listener.random(tokens), channels.hear)
+            listener.run(listener.random(tokens), _all(of_channels))
     else:
-        with stages.stage("choose patterns"):
-            search = PatternSearch(tokens, block, keep)
+        with stages.stage("choose patterns and thresholds"):
+            search, losses = PatternSearch(tokens, block, keep), ThresholdSearch(block)
             for ids in _pieces_of(data, tokens, loaded):
-                listener.run(ids, _both(search.hear, channels.hear))
-            patterns = search.found()
+                listener.run(ids, _all([search.hear, losses.hear, *of_channels]))
+            patterns, thresholds = search.found(), losses.found()
     return HeadProfile(
         _rows(echo),
         _rows(induction),
@@ -178,15 +191,26 @@ def profile(
         patterns,
         channels.of_key_heads(),
         channels.of_query_heads(),
+        agreement.of_key_heads(),
+        agreement.of_query_heads(),
+        thresholds,
     )
 
 
-def _both(first: Attended, second: Attended) -> Attended:
+def _all(hearers: Sequence[Attended]) -> Attended:
     def hear(heard: Heard) -> None:
-        first(heard)
-        second(heard)
+        for each in hearers:
+            each(heard)
 
     return hear
+
+
+def _pairs_of_layers(program: Program, sites: Sequence[CacheSite]) -> dict[int, Pairs]:
+    """Return the pairs of channels of each layer that are turned together; of no layer where one has none."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    found = {site.layer: channel_pairs(program, nodes[site.new_key]) for site in sites}
+    pairs = {layer: pairs for layer, pairs in found.items() if pairs is not None}
+    return pairs if len(pairs) == len(found) else {}
 
 
 def _texts(program: Program, tokens: int, generator: torch.Generator) -> list[Tensor]:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from tokcc.analysis.head_numbers import Heard
-from tokcc.ir.builder import EagerBuilder
 from tokcc.passes.piece import written_out
-from tokcc.passes.sparse.cut import SparseCut
 from tokcc.passes.sparse.pattern import SparsePattern
 from tokcc.passes.sparse.scores.pooled import Pooled
 from tokcc.passes.sparse.selectors.best_rated import BestRated
 from tokcc.passes.sparse.selectors.columns_and_distances import ColumnsAndDistances
 from tokcc.passes.sparse.selectors.first_and_near import FirstAndNear
+from tokcc.pipeline.heard_cut import cut_of
 
 __all__ = ["PatternSearch"]
 
@@ -70,11 +69,7 @@ class PatternSearch:
 
     def hear(self, heard: Heard) -> None:
         """Take in the attention of one layer on one text."""
-        query, key, value = heard.query[None], heard.key[None], heard.value[None]
-        new = query.shape[2]
-        real = torch.ones(1, new, dtype=torch.bool)
-        cut = SparseCut(EagerBuilder(), heard.layer, 1, query, key, value, real, 0, new, new, heard.scale,
-                        heard.softcap, self.block, self.block)  # fmt: skip
+        cut, new = cut_of(heard, self.block, self.block), heard.query.shape[1]
         by_row = cut.by_query(heard.probs[None], 2).sum(3)  # [1, H, MQ, L]
         mass = cut.by_key(by_row, 3).sum(4)[0] / new  # [H, MQ, M]
         seen = float(cut.visible.sum())

@@ -30,6 +30,8 @@ def sparse_cases() -> list[Case]:
         Case("choose_by_size", _choice(5, 7), (X, X)),
         Case("choose_by_size-open", _choice(0, 2**62), (X, X)),
         Case("choose_by_size-inner", _choice(5, 2**62, deep=True), (X, X)),
+        Case("block_maxima", _maxima(2, 3), (wide, narrow, X, BOOL), half=True),
+        Case("block_maxima-past", _maxima(3, 4), (wide, longer, Input(("B", 70, 4)), Input(("B", 70), "bool"))),
         *(
             Case(f"block_sparse_attention-{lists}", _attention(lists, True), (wide, narrow, narrow), half=lists == 2)
             for lists in (1, 2, 4)
@@ -62,6 +64,18 @@ def _choice(low: int, high: int, deep: bool = False) -> Body:
         if deep:
             one = b.call(ops.choose_by_size.default, one, b.sub(one, y), [b.size(x, 1)], [0], [8])
         return b.call(ops.choose_by_size.default, other, one, [b.size(x, 1), b.size(x, 0)], [low, 1], [high, 9])
+
+    return body
+
+
+def _maxima(block_q: int, block_k: int) -> Body:
+    """The biases are made of numbers for each key, of which the last ones are the queries' own."""
+
+    def body(b: Any, query: Any, key: Any, biases: Any, valid: Any) -> Any:
+        of_keys = b.cast(b.permute(biases, [0, 2, 1]), torch.float32)  # [B, H, L]
+        own = b.slice(b.cast(query, torch.float32), 3, 0, 1)
+        op = ops.block_maxima.default
+        return b.call(op, query, key, b.squeeze(own, 3), of_keys, valid, block_q, block_k)
 
     return body
 

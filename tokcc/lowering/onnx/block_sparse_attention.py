@@ -7,6 +7,7 @@ single block of queries needs no loop, and takes keys from where they are held: 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import tokcc.kernels
 from tokcc.lowering.onnx.recorder import Recorder, SubgraphRecorder
 from tokcc.lowering.onnx.translate import Translator, ir_dtype
 
-__all__ = ["LOWERINGS", "blocks_of"]
+__all__ = ["LOWERINGS", "blocks_of", "each_row"]
 
 ops = torch.ops.tokcc
 assert tokcc.kernels is not None
@@ -49,6 +50,28 @@ def blocks_of(op: Recorder, x: Any, size: Any, axis: int, rank: int, block: int,
     missing = op("Mod", op("Neg", size), op.ints([block]))
     pads = op("Concat", op.ints([0] * (rank + axis)), missing, *([op.ints([0] * behind)] if behind else []), axis=0)
     return op("Reshape", op("Pad", x, pads, op.constant(False if dtype == _BOOL else 0, dtype)), shape)
+
+
+def each_row(op: Recorder, queries: Any, dtype: ir.DataType, make: Callable[[Recorder, Any], Any]) -> Any:
+    """Loop over blocks of queries.
+
+    Args:
+        op: Records.
+        queries: ``[B, H, MQ, ...]``.
+        dtype: Of what is made.
+        make: Records what a block gives, from a recorder of its own and the number of the block.
+
+    Returns:
+        What the blocks give, one behind the other on a first axis.
+    """
+    trips = op("Squeeze", op("Shape", queries, start=2, end=3), op.ints([0]))
+    name = f"{op.scope}/loop"
+    step = ir.Value(name=op.unique(f"{name}/step"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
+    going = ir.Value(name=op.unique(f"{name}/going"), shape=ir.Shape([]), type=ir.TensorType(_BOOL))
+    body = SubgraphRecorder(op, name)
+    out = make(body, step)
+    graph = body.graph([step, going], [body("Identity", going), out], [_BOOL, dtype])
+    return op("Loop", trips, op.constant(True, _BOOL), body=graph)
 
 
 def split_blocks(t: Translator, node: fx.Node, x: Any, axis: int, block: int) -> Any:
@@ -164,15 +187,12 @@ def block_sparse_attention(
         listed, blocks = (op("Squeeze", x, op.ints([2])) for x in (counts, table))
         return _row(op, a, asked, listed, blocks, first, only)
     queries = blocks_of(op, asked, rows, 2, 4, block_q, dtype)
-    trips = op("Squeeze", op("Shape", queries, start=2, end=3), op.ints([0]))
-    name = f"{op.scope}/loop"
-    step = ir.Value(name=op.unique(f"{name}/step"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
-    going = ir.Value(name=op.unique(f"{name}/going"), shape=ir.Shape([]), type=ir.TensorType(_BOOL))
-    body = SubgraphRecorder(op, name)
-    row, listed, blocks = (body("Gather", x, step, axis=2) for x in (queries, counts, table))
-    out = _row(body, a, row, listed, blocks, body("Mul", step, op.constant(block_q, _INT)), only)
-    graph = body.graph([step, going], [body("Identity", going), out], [_BOOL, dtype])
-    stacked = op("Loop", trips, op.constant(True, _BOOL), body=graph)  # [trips, B, H, block, Dv]
+
+    def attend(body: Recorder, step: Any) -> Any:
+        row, listed, blocks = (body("Gather", x, step, axis=2) for x in (queries, counts, table))
+        return _row(body, a, row, listed, blocks, body("Mul", step, op.constant(block_q, _INT)), only)
+
+    stacked = each_row(op, queries, dtype, attend)  # [trips, B, H, block, Dv]
     flat = op("Reshape", op("Transpose", stacked, perm=[1, 2, 0, 3, 4]), op.ints([0, heads, -1, widths[1]]))
     return op("Slice", flat, op.ints([0]), rows, op.ints([2]))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from tokcc.lowering.onnx import (
     algebra,
+    block_maxima,
     block_sparse_attention,
     branches,
     cache,
@@ -40,6 +41,7 @@ def lowerings() -> dict[Any, Any]:
         subset,
         cache,
         cached_attention,
+        block_maxima,
         block_sparse_attention,
         branches,
         recurrence,
