@@ -10,7 +10,7 @@ import torch
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.runs import run_from
 
-__all__ = ["PageState", "Touched", "touched_pages"]
+__all__ = ["PageState", "Touched", "all_pages", "touched_pages"]
 
 aten = torch.ops.aten
 
@@ -47,12 +47,54 @@ class Touched:
         count: R.
         key: ``[B, Hkv, R, every, D]``: all their keys, also those that were there; any behind the last.
         real: bool ``[B, R, every]``: which of them are there, and no padding.
+        slot: int64 ``[R, every]``: their slots; any where there is none.
+        full: bool ``[R]``: pages whose last slot is filled.
+        turns: For what is remembered of keys before their positions turned them, what turns keys
+            ``[B, Hkv, N, D]`` to positions int64 ``[B, N]``; None = nobody wants it.
+        places: The places of all slots in their samples, int64 ``[B, L]``; None likewise.
     """
 
     first: Any
     count: Any
     key: Any
     real: Any
+    slot: Any
+    full: Any
+    turns: Any = None
+    places: Any = None
+
+    def extremes(self, b: Builder) -> tuple[Any, Any]:
+        """Return the largest and the smallest number of every key channel, ``[B, Hkv, R, D]`` each.
+
+        Of pages of padding alone, which are never seen, they are 0.
+        """
+        limits = torch.finfo(b.dtype(self.key))
+        real = b.unsqueeze(b.unsqueeze(self.real, 1), 4)  # [B, 1, R, every, 1]
+        some = b.compare("gt", b.sum(b.cast(self.real, torch.int64), 2), 0)  # [B, R]
+        some = b.unsqueeze(b.unsqueeze(some, 1), 3)
+        high = b.amax(b.where(real, self.key, limits.min), 3)
+        low = b.amin(b.where(real, self.key, limits.max), 3)
+        return b.where(some, high, 0.0), b.where(some, low, 0.0)
+
+    def means(self, b: Builder) -> Any:
+        """Return the mean of every key channel, ``[B, Hkv, R, D]``; 0 for pages of padding alone."""
+        kind = b.dtype(self.key)
+        many = b.cast(b.clamp_min(b.sum(b.cast(self.real, torch.float32), 2), 1.0), kind)  # [B, R]
+        real = b.unsqueeze(b.unsqueeze(self.real, 1), 4)
+        return b.div(b.sum(b.where(real, self.key, 0.0), 3), b.unsqueeze(b.unsqueeze(many, 1), 3))
+
+
+def all_pages(b: Builder, every: int, key: Any, real: Any) -> Touched:
+    """Return all pages of a cache.
+
+    Args:
+        b: The builder.
+        every: Tokens of a page.
+        key: ``[B, Hkv, K, D]``.
+        real: bool ``[B, K]``: slots that are not padding.
+    """
+    total = b.size(key, 2)
+    return touched_pages(b, every, key, key, real, 0, total, total)
 
 
 def touched_pages(
@@ -72,7 +114,9 @@ def touched_pages(
     """
     if every == 1:
         fresh = run_from(b, real, 1, past, new)
-        return Touched(past, new, b.unsqueeze(new_key, 3), b.unsqueeze(fresh, 2))
+        own = b.call(aten.add.Scalar, b.arange(new, key), past)
+        full = b.compare("ge", own, 0)
+        return Touched(past, new, b.unsqueeze(new_key, 3), b.unsqueeze(fresh, 2), b.unsqueeze(own, 1), full)
     first = b.floordiv_sizes(past, every)
     count = b.sub_sizes(b.floordiv_sizes(b.add_sizes(total, every - 1), every), first)
     page = b.call(aten.add.Scalar, b.arange(count, key), first)
@@ -84,4 +128,6 @@ def touched_pages(
         count,
         b.call(aten.index.Tensor, key, [None, None, slot]),
         b.logical_and(b.call(aten.index.Tensor, real, [None, slot]), there),
+        slot,
+        b.call(aten.select.int, there, 1, -1),
     )

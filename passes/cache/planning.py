@@ -129,7 +129,8 @@ def _refuse_shorter_prompts(plan: CachePlan) -> None:
 
 def _copies(plan: CachePlan) -> Iterator[str]:
     """Say where single tokens read little of a cache that is copied for each of them."""
-    names = dict.fromkeys(s.name for s in plan.sparse.values() if s.new[0] <= 1)
+    whole = (planned for layer, planned in plan.sparse.items() if not plan.of_layer(layer))
+    names = dict.fromkeys(planned.name for planned in whole if planned.new[0] <= 1)
     if names and plan.longest is None:
         yield (
             f"`{', '.join(names)}` reads little of a cache that the layout `merged` copies for every token: attention"
@@ -152,6 +153,7 @@ def _refuse_second(
 
 def _refuse_sparse(plan: CachePlan) -> None:
     """Refuse sparse attention where a layer's attention is written out, or is several of them."""
+    ordered = any(planned.orders for planned in plan.sparse.values())
     for layer, planned in plan.sparse.items():
         groups = plan.groups(layer)
         why = None
@@ -164,9 +166,15 @@ def _refuse_sparse(plan: CachePlan) -> None:
         elif any(group.storage.basis(group.form) or group.form.front or group.form.states[-1:] == (WEIGHT,)
                  for group in groups):  # fmt: skip
             why = "entries of its cache stand for several tokens, or are held in another basis"
-        elif groups[0].form.pages and (groups[0].eviction is not None or not groups[0].storage.paged):
-            why = f"`{planned.name}` remembers blocks of entries, and another step moves or takes entries"
-        elif planned.select.passes_on and (plan.evictions or plan.prompt is not None):
+        elif groups[0].form.pages and not groups[0].storage.paged:
+            why = f"`{planned.name}` remembers blocks of entries, and another step holds entries in a form of its own"
+        elif groups[0].form.pages and not all(eviction.score.once for eviction in plan.of_layer(layer)):
+            why = f"`{planned.name}` remembers blocks of entries, and another step takes some out for every token"
+        elif planned.orders and plan.of_layer(layer):
+            why = f"`{planned.name}` puts entries in an order of its own, and another step takes some out"
+        elif planned.rotations is not None and (plan.of_layer(layer) or groups[0].stage):
+            why = f"`{planned.name}` turns keys back by their places, which another step changes"
+        elif planned.select.passes_on and (plan.evictions or plan.prompt is not None or ordered):
             why = f"`{planned.name}` reads the same entries in several layers, and another step makes them differ"
         if why is not None:
             raise PlanError(

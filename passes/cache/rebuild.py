@@ -16,7 +16,6 @@ from tokcc.ir.edit import fake_mode_of
 from tokcc.ir.program import PassResult, Program
 from tokcc.passes.cache.beside import TOKENS, Beside
 from tokcc.passes.cache.cut import CacheCut, behind
-from tokcc.passes.cache.pages import touched_pages
 from tokcc.passes.cache.plan import WEIGHT, CachePlan, HeadGroup, PlannedEviction
 from tokcc.passes.cache.runs import prefix, run_from
 from tokcc.passes.cache.storage import Left, Stored
@@ -29,6 +28,8 @@ from tokcc.passes.prompt.unmerging import share_rows
 from tokcc.passes.propagate import finish
 from tokcc.passes.sparse.attend import attend_sparsely
 from tokcc.passes.sparse.cut import BlockList, SparseCut
+from tokcc.passes.sparse.entering import in_order
+from tokcc.passes.sparse.remembering import with_new_tokens, with_what_stays
 
 __all__ = ["ATTEND", "RebuildCaches"]
 
@@ -298,17 +299,23 @@ class _Rebuild:
             # The mask tells how many slots are filled.
             past = self._sizes.setdefault((group.length, "past"), b.sub_sizes(b.size(mask, 1), new))
             total = b.size(mask, 1)
-            with b.inserting(f"write@{site.layer}"):
-                buffers = group.storage.entered(b, held, new_key, new_value, past, new)
-            key, value = (prefix(b, x, 2, total) for x in buffers)
         else:
             slots = b.add_sizes(b.size(held.key, 2), int(front is not None))
             past = self._sizes.setdefault((group.length, "past"), slots)
             total = b.add_sizes(past, new)
-            key, value = b.cat([before[0], new_key], 2), b.cat([before[1], new_value], 2)
         real = real_slots(b, mask, past, new, query, **(self._shortened(group) if group.stage else {}))
         if held.real is not None:
             real = b.cat([held.real, b.slice(real, 1, past, None)], 1)
+        entering = [new_key, new_value]
+        if group.sparse is not None and group.sparse.orders:
+            with b.inserting(f"order@{site.layer}"):
+                entering = in_order(b, group.sparse, (new_key, new_value), real, past, total)
+        if group.storage.in_place:
+            with b.inserting(f"write@{site.layer}"):
+                buffers = group.storage.entered(b, held, entering[0], entering[1], past, new)
+            key, value = (prefix(b, x, 2, total) for x in buffers)
+        else:
+            key, value = (b.cat([x, y], 2) for x, y in zip(before, entering, strict=True))
         stored_key = key
         arranged = None
         if rotations is not None:
@@ -325,23 +332,24 @@ class _Rebuild:
         if arranged is None and refill is None:
             op = torch.ops.tokcc.cached_attention.default
             extra = () if bias is None else (bias,)
-            both = b.call(op, query, key, value, real, group.window, site.scale, site.softcap, *extra)
+            seen = [key, value]
+            if group.sparse is not None and group.sparse.orders:  # a text's tokens see those in front of them
+                earlier = [prefix(b, x, 2, past) for x in buffers or before]
+                seen = [b.cat([x, y], 2) for x, y in zip(earlier, (new_key, new_value), strict=True)]
+            both = b.call(op, query, *seen, real, group.window, site.scale, site.softcap, *extra)
             out, received = b.parts(both, 2)
         pages: dict[str, Any] = {}
         if group.sparse is not None:
+            unturned = self._before_turns(group, kv_heads)
             if group.form.pages:
-                assert group.sparse.score is not None
                 with b.inserting(f"pages@{site.layer}"):
-                    held_keys = key if buffers is None else buffers[0]
-                    touched = touched_pages(b, group.sparse.block_k, held_keys, new_key, real, past, new, total)
-                    rows = group.sparse.score.remembered(b, site.layer, touched)
-                    pages = {
-                        state.name: group.storage.paged_rows(b, tensors[state.name], touched, rows[state.name])
-                        for state in group.form.pages
-                    }
+                    call = (key if buffers is None else buffers[0], entering[0], real, past, new, total)
+                    turns = unturned.get("turns")
+                    turn = None if turns is None else turns[1]
+                    pages = with_new_tokens(b, group.sparse, group.storage, tensors, call, turn)
             whole = SparseCut(b, site.layer, len(self.plan.sites), query, key, value, real, past, new, total,
                               site.scale, site.softcap, group.sparse.block_q, group.sparse.block_k,
-                              buffers, pages, self.lists, **self._before_turns(group, kv_heads))  # fmt: skip
+                              buffers, pages, lists=self.lists, **unturned)  # fmt: skip
             out = attend_sparsely(whole, group.sparse, out)
         cut = CacheCut(
             b=b,
@@ -392,6 +400,9 @@ class _Rebuild:
             with b.inserting(f"{eviction.name}@{site.layer}"):
                 cut = replace(cut, **self._looking_ahead(eviction, group, kv_heads, query))
                 left = self._evict(eviction, cut, stored_key, left, group.storage.always())
+            if group.sparse is not None and pages:
+                with b.inserting(f"pages@{site.layer}"):
+                    left = replace(left, pages=with_what_stays(b, group.sparse, left))
         elif group.window and buffers is None:
             # A query sees window - 1 earlier tokens: nothing else is ever read again.
             start = b.max_sizes(b.sub_sizes(total, group.storage.always() or group.window - 1), 0)

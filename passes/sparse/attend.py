@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tokcc.passes.sparse.compressed import attend_among
 from tokcc.passes.sparse.cut import SparseCut
-from tokcc.passes.sparse.plan import PlannedSparse
+from tokcc.passes.sparse.plan import PlannedSparse, sized
 
 __all__ = ["attend_sparsely"]
 
@@ -26,8 +27,11 @@ def attend_sparsely(cut: SparseCut, planned: PlannedSparse, dense: Any) -> Any:
     b = cut.b
     with b.inserting(f"{planned.name}@{cut.layer}"):
         asked = cut.of_last() if planned.single else cut
-        rated = planned.score is not None and planned.select.rates(cut.layer)
-        score = planned.score.emit(asked) if planned.score is not None and rated else None
+        score = None
+        if planned.score is not None and planned.select.rates(cut.layer):
+            score = planned.score.emit(asked)
+            large = {size: _in_larger(asked, size) for size in planned.select.larger}
+            asked = replace(asked, larger={size: (own, planned.score.emit(own)) for size, own in large.items()})
         low, high = planned.bounds
         if planned.select.compresses:
             made = attend_among(cut, planned.select.tokens(cut, score, planned.budget))
@@ -56,3 +60,9 @@ def attend_sparsely(cut: SparseCut, planned: PlannedSparse, dense: Any) -> Any:
         else:  # padding sees no key: what it attends to would be the mean of whatever a block is filled up with
             made = b.where(b.unsqueeze(b.unsqueeze(cut.real_rows, 1), 3), made, 0.0)
         return b.call(ops.choose_by_size.default, dense, made, [cut.new, cut.total], low, high)
+
+
+def _in_larger(cut: SparseCut, size: int) -> SparseCut:
+    """Return a call in blocks of so many times as many keys."""
+    states = {name: cut.states[sized(name, size)] for name in cut.states if sized(name, size) in cut.states}
+    return replace(cut, block_k=cut.block_k * size, states=states)

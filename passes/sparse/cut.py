@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import torch
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.runs import prefix, run_from
 from tokcc.passes.cache.visible import slot_rank
+from tokcc.passes.sparse.turning import Turn, turned_back
 
 __all__ = ["FORCED", "HIDDEN", "BlockList", "Share", "SparseCut"]
 
@@ -22,8 +23,6 @@ HIDDEN = -1e30
 """Rating of a block that no query of the row may see."""
 FORCED = 1e24
 """Rating of a block that is always read."""
-
-Turn = Callable[[Any, Any], Any]
 
 Share = Literal["each", "group_max", "group_mean", "all_mean"]
 """Who has a list of its own: every query head, every key head, or the layer."""
@@ -68,6 +67,8 @@ class SparseCut:
         buffers: Where keys and values are held, ``[B, Hkv, N, D]`` with N at least L; None = as above.
         states: What the score remembers of blocks, by name: ``[B, heads, rows, width]`` with at least as many rows as
             there are blocks.
+        larger: For selectors that want ratings of larger blocks, the same call in those and their ratings, by how many
+            of its blocks are in one.
         lists: What was chosen in the layers in front, by layer.
         single: Only the last token of the call asks.
         unturned: The queries before their positions turn them; None where no piece wants them.
@@ -90,6 +91,7 @@ class SparseCut:
     block_k: int
     buffers: tuple[Any, Any] | None = None
     states: Mapping[str, Any] = field(default_factory=dict)
+    larger: Mapping[int, tuple[SparseCut, Any]] = field(default_factory=dict)
     lists: dict[int, BlockList] = field(default_factory=dict)
     single: bool = False
     unturned: Any = None
@@ -98,8 +100,12 @@ class SparseCut:
     def of_last(self) -> SparseCut:
         """Return what the last token of the call asks: shapes are those of a call with one token."""
         b = self.b
-        query = b.unsqueeze(b.call(aten.select.int, self.query, 2, -1), 2)
-        return replace(self, query=query, past=b.sub_sizes(self.total, 1), new=1, single=True)
+
+        def last(x: Any) -> Any:
+            return None if x is None else b.unsqueeze(b.call(aten.select.int, x, 2, -1), 2)
+
+        past = b.sub_sizes(self.total, 1)
+        return replace(self, query=last(self.query), unturned=last(self.unturned), past=past, new=1, single=True)
 
     def of_blocks(self, table: Any) -> Any:
         """Return ``[..., rows]``, which may have rows for blocks that do not exist yet, as ``[..., M]``."""
@@ -177,18 +183,9 @@ class SparseCut:
 
     @cached_property
     def unturned_key(self) -> Any:
-        """The keys before their positions turned them, ``[B, Hkv, L, D]``: turned back by as much.
-
-        A model may also stretch what it turns (YaRN): turning twice stretches twice, which is divided out.
-        """
-        b = self.b
+        """The keys before their positions turned them, ``[B, Hkv, L, D]``."""
         assert self.turns is not None
-        turn = self.turns[1]
-        back = turn(self.key, b.sub(b.mul(self.places, 0), self.places))
-        start = b.mul(b.slice(self.places, 1, 0, 1), 0)  # [B, 1]
-        ones = b.full([b.size(self.key, 0), self.kv_heads, 1, b.size(self.key, 3)], 1.0, b.dtype(self.key), self.key)
-        stretch = turn(ones, start)
-        return b.div(back, b.mul(stretch, stretch))
+        return turned_back(self.b, self.turns[1], self.key, self.places)
 
     @cached_property
     def query_means(self) -> Any:
@@ -313,7 +310,7 @@ class SparseCut:
             return table
         if share == "all_mean":
             return b.mean(table, 1, True)
-        if self.heads == self.kv_heads:
+        if int(b.shape(table)[1]) == self.kv_heads:
             return table
         return b.amax(self.grouped(table), 2) if share == "group_max" else b.mean(self.grouped(table), 2)
 

@@ -68,8 +68,24 @@ class SparseScore(_SparsePiece):
         """
         raise NotImplementedError
 
+    @property
+    def orders(self) -> bool:
+        """Whether it wants the tokens of a text to enter the cache in an order of its own; only for single tokens."""
+        return False
+
+    def order(self, b: Builder, key: Any, free: Any, block: int) -> Any:
+        """Return that order, int64 ``[B, Hkv, S]``.
+
+        Args:
+            b: The builder.
+            key: The keys of a call ``[B, Hkv, S, D]``.
+            free: bool ``[B, S]``: one run of tokens, which fills whole blocks; all others stay where they are.
+            block: Keys in a block.
+        """
+        raise NotImplementedError
+
     def emit(self, cut: SparseCut) -> Any:
-        """Return fp32 ``[B, H, MQ, M]``, or 1 for H or MQ; larger = more important."""
+        """Return fp32 ``[B, H, MQ, M]``, or 1 or the key heads for H, or 1 for MQ; larger = more important."""
         raise NotImplementedError
 
 
@@ -97,6 +113,11 @@ class SparseSelector(_SparsePiece):
     sinks: int = Field(default=0, ge=0)
     local: int = Field(default=0, ge=0)
 
+    @property
+    def larger(self) -> tuple[int, ...]:
+        """Sizes of the larger blocks that it wants ratings of, too: how many of the step's are in one."""
+        return ()
+
     def rates(self, layer: int) -> bool:
         """Whether it chooses by a rating in a layer."""
         del layer
@@ -119,8 +140,11 @@ class SparseSelector(_SparsePiece):
 
         Where more must be read than the budget allows, the newest blocks are: of equal ones runtimes choose others.
         """
+        return self.over(cut, cut.shared(score, self.share))
+
+    def over(self, cut: SparseCut, rating: Any) -> Any:
+        """Return ratings ``[B, Hs, MQ, M]`` over which wins what must be read; the rest of what is not seen loses."""
         b = cut.b
-        rating = cut.shared(score, self.share)
         place = b.cast(b.add(b.arange(cut.blocks, cut.key), 1), torch.float32)  # [M]
         must = b.mul(place, FORCED)
         return b.where(self.forced(cut), must, b.where(cut.visible, rating, HIDDEN))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,7 +11,7 @@ from tokcc.passes.budget import Count
 from tokcc.passes.cache.pages import PageState
 from tokcc.passes.sparse.piece import SparseScore, SparseSelector
 
-__all__ = ["PlannedSparse"]
+__all__ = ["PlannedSparse", "sized"]
 
 _ANY = 2**62
 
@@ -58,6 +58,25 @@ class PlannedSparse:
         """Whether its calls have one token."""
         return self.new[1] == 1
 
+    @property
+    def orders(self) -> bool:
+        """Whether tokens of a text enter the cache in another order."""
+        return self.score is not None and self.score.orders
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Blocks that are rated: how many of the step's are in one."""
+        return () if self.score is None else (1, *self.select.larger)
+
     def states(self, kv_heads: int, width: int, dtype: torch.dtype) -> tuple[PageState, ...]:
-        """Return what its score remembers of blocks of a layer with such keys."""
-        return () if self.score is None else self.score.states(kv_heads, width, dtype, self.block_k)
+        """Return what its score remembers of blocks of a layer with such keys, of every size."""
+        return tuple(
+            replace(state, name=sized(state.name, size))
+            for size in self.sizes
+            for state in (() if self.score is None else self.score.states(kv_heads, width, dtype, self.block_k * size))
+        )
+
+
+def sized(name: str, size: int) -> str:
+    """Return the name of what is remembered of blocks that are so many times as large."""
+    return name if size == 1 else f"{name}_{size}"

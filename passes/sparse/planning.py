@@ -75,12 +75,20 @@ def plan_sparse(
         blocks = blocks.model_copy(update={"query": 1})
     pieces = {"select": select} if score is None else {"score": score, "select": select}
     for key, piece in pieces.items():
-        with _refused(
-            f"the {key} `{piece.kind}` cannot work with these blocks",
-            place(key),
-            help="change `blocks: {query: ..., key: ...}`, or the parameter",
-        ):
-            piece.check(blocks.query, blocks.key)
+        for size in (1, *select.larger) if piece is score else (1,):
+            with _refused(
+                f"the {key} `{piece.kind}` cannot work with these blocks",
+                place(key),
+                help="change `blocks: {query: ..., key: ...}`, or the parameter",
+            ):
+                piece.check(blocks.query, blocks.key * size)
+    if score is not None and score.orders and new[1] > 1:
+        raise PlanError(
+            f"the score `{score.kind}` puts the tokens of a text in another order, which is for single tokens",
+            policy=place("at"),
+            needed="`at: {stage: decode}`",
+            help="say that, or let the tokens stay in their order",
+        )
     layers = _layers(policy, number, step, windows, warnings)
     with _refused(
         f"the selector `{select.kind}` cannot work in these layers",

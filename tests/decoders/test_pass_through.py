@@ -78,3 +78,23 @@ def test_the_step_that_fills_the_cache_and_the_one_behind_it(tmp_path: Path) -> 
     ids, mask = tokens(2, 14, (0, 3))
     lengths = [result["present.0.key"].shape[2] for result in engine.each(ids, mask, (10, 1, 1, 1, 1))]
     assert lengths == [10, 11, 12, 12, 12]
+
+
+def test_a_choice_of_attentions_goes_along(tmp_path: Path) -> None:
+    """A single token computes one of the two, and joins its cache once."""
+    step = {"preset": "mpcache", "tokens": 22, "recent": 3, "page": 2}
+    build("llama", {"version": 1, "steps": [step]}, tmp_path)
+    graph = onnx.load(str(tmp_path / "model.onnx")).graph
+    layers = [node for node in graph.node if node.op_type == "If" and "GatherND" in node.name]
+    assert len(layers) == 3
+    for layer in layers:
+        for side in layer.attribute:
+            inside = list(side.g.node)
+            (choice,) = [node for node in inside if node.op_type == "If" and _chooses(node)]
+            others = [node for node in inside if node is not choice and side.name == "then_branch"]
+            assert not {"Softmax", "TopK", "If", "Identity"} & {node.op_type for node in others}
+
+
+def _chooses(node: onnx.NodeProto) -> bool:
+    ways = [set(_operations(attribute.g)) for attribute in node.attribute]
+    return all("Softmax" in way for way in ways) and any("TopK" in way for way in ways)

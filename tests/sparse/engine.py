@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.decoders.engine import Engine, build, tokens
 from tests.decoders.tiny import model_of
-from tests.sparse.oracle import Rule, run_sparse
+from tests.sparse.oracle import Eviction, Rule, run_sparse
 
 __all__ = ["CALLS", "assert_equals_rule", "policy"]
 
@@ -32,6 +32,7 @@ def assert_equals_rule(
     calls: Sequence[int] = CALLS,
     padding: Sequence[int] = (0, 8, 16),
     tolerance: float = 2e-4,
+    evict: Eviction | None = None,
 ) -> Engine:
     """Every row of a padded batch gives what it gives alone under the rule.
 
@@ -43,11 +44,13 @@ def assert_equals_rule(
         calls: New tokens of each call.
         padding: Of each row; whole blocks, whose grid begins at the first slot.
         tolerance: Of the logits, as a share of the largest.
+        evict: What goes out of the caches after every call.
     """
     engine = build(family, wanted, folder)
     ids, mask = tokens(len(padding), sum(calls), padding)
     logits, _ = engine.run(ids, mask, calls)
     for row, count in enumerate(padding):
-        alone = run_sparse(model_of(family), ids[row, count:], [calls[0] - count, *calls[1:]], rule).numpy()
+        alone: Any = run_sparse(model_of(family), ids[row, count:], [calls[0] - count, *calls[1:]], rule, evict=evict)
+        alone = alone.numpy()
         np.testing.assert_allclose(logits[row, count:], alone, rtol=0, atol=tolerance * float(np.abs(alone).max()))
     return engine

@@ -1,7 +1,8 @@
 """An oracle for sparse attention that knows nothing of tokcc: transformers' own model, one row at a time.
 
 Every row of a batch runs alone and without padding. Its attention is replaced by a dense one over what a rule says that
-each query reads: a mask, written in Python from the method's formula.
+each query reads: a mask, written in Python from the method's formula. Between calls a second rule may throw entries out
+of the caches, which then are the keys that the first one sees.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["Look", "Rule", "blocks_to_tokens", "causal", "run_sparse"]
+from tests.decoders.oracle import Rule as Eviction
+from tests.decoders.oracle import run_alone
+
+__all__ = ["Eviction", "Look", "Rule", "blocks_to_tokens", "causal", "run_sparse"]
 
 _NAME = "tokcc_sparse_oracle"
 
@@ -93,7 +97,7 @@ class _Attention:
         dropout: float = 0.0,
         softcap: float | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor]:
         del attention_mask, dropout, kwargs
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         look = Look(int(module.layer_idx), query[0], key[0], value[0], scale, self.memory)  # type: ignore[arg-type]
@@ -108,10 +112,12 @@ class _Attention:
         probs = torch.softmax(logits.masked_fill(~seen, -torch.inf).float(), -1).to(value.dtype)
         probs = probs.masked_fill(~seen.any(-1, keepdim=True), 0.0)
         values = look.value.repeat_interleave(look.query.shape[0] // look.key.shape[0], 0)
-        return (probs @ values).transpose(0, 1)[None], None  # [1, S, H, Dv]
+        return (probs @ values).transpose(0, 1)[None], probs[None]  # [1, S, H, Dv], [1, H, S, L]
 
 
-def run_sparse(model: nn.Module, ids: Tensor, calls: Sequence[int], rule: Rule, zeros: bool = False) -> Tensor:
+def run_sparse(
+    model: nn.Module, ids: Tensor, calls: Sequence[int], rule: Rule, zeros: bool = False, evict: Eviction | None = None
+) -> Tensor:
     """Run one row of ids ``[T]`` in calls of the given lengths; return logits ``[T, V]``.
 
     Args:
@@ -120,12 +126,15 @@ def run_sparse(model: nn.Module, ids: Tensor, calls: Sequence[int], rule: Rule, 
         calls: New tokens of each call.
         rule: What queries read.
         zeros: Whether queries may read nothing, and attend to zeros then.
+        evict: What goes out of the caches after every call.
     """
     attention = _Attention(rule, zeros)
     ALL_ATTENTION_FUNCTIONS.register(_NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, eager_mask)
     own = copy.deepcopy(model)
     own.set_attn_implementation(_NAME)
+    if evict is not None:
+        return run_alone(own, ids, calls, evict).logits
     cache, logits, start = DynamicCache(config=own.config), [], 0
     with torch.no_grad():
         for length in calls:

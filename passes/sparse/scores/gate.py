@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
 from tokcc.passes.sparse.cut import HIDDEN, SparseCut
+from tokcc.passes.sparse.gating import Pool, by_head, pooled
 from tokcc.passes.sparse.piece import SparseScore
 from tokcc.passes.trained import TensorSpec, Trained
 
 __all__ = ["Gate"]
 
 aten = torch.ops.aten
-Pool = Literal["max", "min", "mean"]
 
 
 class Gate(Trained, SparseScore):
@@ -42,7 +42,7 @@ class Gate(Trained, SparseScore):
             for layer in range(sizes["layers"])
             for spec in (
                 TensorSpec(f"layers.{layer}.query.weight", ("query_heads", "head_width", "head_width")),
-                TensorSpec(f"layers.{layer}.key.weight", ("heads", "head_width", wide)),
+                TensorSpec(f"layers.{layer}.key.weight", ("heads", wide, "head_width")),
             )
         ]
 
@@ -53,30 +53,14 @@ class Gate(Trained, SparseScore):
         asked = b.unsqueeze(b.unsqueeze(b.clamp_min(cut.query_counts, 1.0), 1), 3)  # [B, 1, MQ, 1]
         mean = b.div(b.sum(cut.in_rows(cut.unturned), 3), b.cast(asked, b.dtype(cut.query)))
         query = cut.turns[0](self._each_head(cut, "query", mean), self._places(cut, cut.first_slots))
-        pooled = b.cat([self._pooled(cut, pool) for pool in self.pools], 3)  # [B, Hkv, M, 3 * D]
+        keys = pooled(b, cut.by_key(cut.unturned_key, 2), cut.by_key(cut.real, 1), self.pools)  # [B, Hkv, M, 3 * D]
         start = b.squeeze(cut.block_starts, 0)
-        key = cut.turns[1](self._each_head(cut, "key", pooled), self._places(cut, start))
+        key = cut.turns[1](self._each_head(cut, "key", keys), self._places(cut, start))
         logits = b.mul(cut.products(query, key), int(b.shape(query)[3]) ** -0.5)
         return b.softmax(b.where(cut.visible, logits, HIDDEN), 3)
 
     def _each_head(self, cut: SparseCut, name: str, x: Any) -> Any:
-        """Apply ``[heads, out, in]`` to ``[B, heads, N, in]``."""
-        weight = self.tensor(cut.b, f"layers.{cut.layer}.{name}.weight")
-        return cut.b.matmul(x, cut.b.cast(cut.b.transpose(weight, 1, 2), cut.b.dtype(x)))
+        return by_head(cut.b, x, self.tensor(cut.b, f"layers.{cut.layer}.{name}.weight"))
 
     def _places(self, cut: SparseCut, slots: Any) -> Any:
         return cut.b.call(aten.index_select.default, cut.places, 1, slots)
-
-    def _pooled(self, cut: SparseCut, pool: Pool) -> Any:
-        """Return one number for each channel of a block's keys, ``[B, Hkv, M, D]``; zeros where there is no key."""
-        b = cut.b
-        blocks = cut.in_blocks(cut.unturned_key)
-        if pool == "mean":
-            many = b.cast(b.clamp_min(cut.counts, 1.0), b.dtype(blocks))
-            return b.div(b.sum(blocks, 3), b.unsqueeze(b.unsqueeze(many, 1), 3))
-        real = b.unsqueeze(b.unsqueeze(cut.by_key(cut.real, 1), 1), 4)  # [B, 1, M, block, 1]
-        far = float(torch.finfo(b.dtype(blocks)).max) * (-1 if pool == "max" else 1)
-        filled = b.where(real, blocks, far)
-        found = b.amax(filled, 3) if pool == "max" else b.amin(filled, 3)
-        there = b.unsqueeze(b.unsqueeze(b.compare("gt", cut.counts, 0), 1), 3)
-        return b.where(there, found, 0.0)

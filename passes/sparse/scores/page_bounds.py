@@ -39,14 +39,7 @@ class PageBounds(SparseScore):
     def remembered(self, b: Builder, layer: int, pages: Touched) -> Mapping[str, Any]:
         """See :class:`SparseScore`."""
         del layer
-        limits = torch.finfo(b.dtype(pages.key))
-        real = b.unsqueeze(b.unsqueeze(pages.real, 1), 4)  # [B, 1, R, every, 1]
-        high = b.amax(b.where(real, pages.key, limits.min), 3)
-        low = b.amin(b.where(real, pages.key, limits.max), 3)
-        # Blocks of padding alone are never seen; their numbers stay numbers.
-        some = b.compare("gt", b.sum(b.cast(pages.real, torch.int64), 2), 0)  # [B, R]
-        bounds = b.cat([high, low], 3)
-        return {_BOUNDS: b.where(b.unsqueeze(b.unsqueeze(some, 1), 3), bounds, 0.0)}
+        return {_BOUNDS: b.cat(list(pages.extremes(b)), 3)}
 
     def emit(self, cut: SparseCut) -> Any:
         """See :class:`SparseScore`."""

@@ -31,7 +31,7 @@ def gates(folder: Path, layers: int = 3, heads: int = 4, kv_heads: int = 2, widt
     for layer in range(layers):
         tensors[f"layers.{layer}.query.weight"] = torch.randn(heads, width, width, generator=generator) / width**0.5
         tensors[f"layers.{layer}.key.weight"] = (
-            torch.randn(kv_heads, width, 3 * width, generator=generator) / width**0.5
+            torch.randn(kv_heads, 3 * width, width, generator=generator) / width**0.5
         )
     save_file(tensors, folder / "gates.safetensors")
     return tensors
@@ -54,10 +54,10 @@ def probabilities(model: Any, tensors: dict[str, Tensor], look: Look) -> Array:
         for m in range(blocks):
             own = key[head // groups, m * BLOCK : (m + 1) * BLOCK]
             pooled = torch.cat([own.amax(0), own.amin(0), own.mean(0)])
-            keys.append(rotated(model, wk[head // groups] @ pooled, m * BLOCK).double())
+            keys.append(rotated(model, pooled @ wk[head // groups], m * BLOCK).double())
         for row in range(rows):
             mean = query[head, row * BLOCK : (row + 1) * BLOCK].mean(0)
-            asked = rotated(model, wq[head] @ mean, past + row * BLOCK).double()
+            asked = rotated(model, mean @ wq[head], past + row * BLOCK).double()
             last = past + min((row + 1) * BLOCK, look.new) - 1
             logits = np.array([float(asked @ k) / 16**0.5 for k in keys[: last // BLOCK + 1]])
             weights = np.exp(logits - logits.max())
@@ -126,5 +126,5 @@ def test_the_tensors_that_are_asked_for() -> None:
     specs = Gate(pools=("max", "mean")).tensors({"layers": 2, "head_width": 8})
     assert [str(spec) for spec in specs[2:]] == [
         "layers.1.query.weight float[query_heads, head_width, head_width]",
-        "layers.1.key.weight float[heads, head_width, 16]",
+        "layers.1.key.weight float[heads, 16, head_width]",
     ]

@@ -48,7 +48,8 @@ def choose_by_size(
         then_branch=one.graph([], [t.value(inside)], [kind]),
         else_branch=other.graph([], [t.value(otherwise)], [kind]),
     )
-    t.choices.append(result.producer())
+    result.type = ir.TensorType(kind)
+    t.passages.choices.append(result.producer())
     return result
 
 

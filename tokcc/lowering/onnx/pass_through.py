@@ -2,7 +2,8 @@
 
 Below its capacity a cache loses nothing, but a graph without branches would still rate, sort and copy every entry. Here
 everything behind the cache of a layer, its attention included, goes into the two branches of an ``If``: one as it is,
-and one in which what is joined leaves as it is. Both branches hold the same few nodes and no weights.
+and one in which what is joined leaves as it is. Both branches hold the same few nodes and no weights. An attention that
+is one of two from which a call chooses takes the choice along.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ class Passages:
 
     Attributes:
         attentions: The nodes of each attention to a cache.
+        choices: Nodes that choose between two ways; copies of them are added.
     """
 
     attentions: list[list[ir.Node]] = field(default_factory=list)
+    choices: list[ir.Node] = field(default_factory=list)
     _selections: dict[ir.Value, tuple[ir.Value, Any]] = field(default_factory=dict)
 
     def selects(self, index: ir.Value, everything: ir.Value, length: Any) -> None:
@@ -57,7 +60,7 @@ class Passages:
             outputs: What leaves the graph; replaced in place.
         """
         reads = {node: _reads(node) for node in op.nodes}
-        before = [_ancestors(reads, attention) for attention in self.attentions]
+        before = [_ancestors(reads, self._with_choice(reads, attention)) for attention in self.attentions]
         taken: set[ir.Node] = set()
         regions = []
         for index, (everything, _) in self._selections.items():
@@ -66,7 +69,12 @@ class Passages:
                     taken |= set(region.nodes)
                     regions.append(region)
         for region in regions:
-            _branch(op, region, outputs)
+            self.choices += _branch(op, region, outputs, self.choices)
+
+    def _with_choice(self, reads: _Reads, attention: list[ir.Node]) -> list[ir.Node]:
+        """Return the nodes of an attention and the choice of which it is one way."""
+        own = set(attention)
+        return [*attention, *(choice for choice in self.choices if not own.isdisjoint(reads.get(choice, [])))]
 
     def _regions(
         self, reads: _Reads, before: list[set[ir.Node]], index: ir.Value, everything: ir.Value
@@ -153,18 +161,19 @@ def _region(reads: _Reads, gathers: list[ir.Node], attention: set[ir.Node], ever
     return _Region([node for node in reads if node in reached], gathers, attention, everything)
 
 
-def _branch(op: Recorder, region: _Region, outputs: list[ir.Value]) -> None:
+def _branch(op: Recorder, region: _Region, outputs: list[ir.Value], choices: list[ir.Node]) -> list[ir.Node]:
+    """Put a region into the branches of an If; return the copies of the choices in it."""
     inside = {inner for node in region.nodes for inner in with_inner(node)}
     own = [value for node in region.nodes for value in node.outputs]
     leaving = [v for v in own if any(v is out for out in outputs) or any(u.node not in inside for u in v.uses())]
     if any(value.type is None for value in leaving):
-        return  # the outputs of a branch are typed
+        return []  # the outputs of a branch are typed
     name = region.gathers[0].name or "GatherND"
     condition = op("Squeeze", region.everything, op.ints([0]))
     remaining = set(region.nodes)
     op.nodes[:] = [node for node in op.nodes if node not in remaining]
     evicted = ir.Graph([], leaving, nodes=region.nodes, opset_imports={"": op.opset}, name=f"{name}/evicted")
-    whole = _without_eviction(op, evicted, region, f"{name}/whole")
+    whole, copies = _without_eviction(op, evicted, region, f"{name}/whole")
     branch = ir.Node(
         "",
         "If",
@@ -181,10 +190,13 @@ def _branch(op: Recorder, region: _Region, outputs: list[ir.Value]) -> None:
                 use.node.replace_input_with(use.idx, outside)
         outputs[:] = [outside if out is value else out for out in outputs]
     op.nodes.append(branch)
+    return [copies[choice] for choice in choices if choice in copies]
 
 
-def _without_eviction(op: Recorder, evicted: ir.Graph, region: _Region, name: str) -> ir.Graph:
-    """Return a copy of the branch in which everything stays."""
+def _without_eviction(
+    op: Recorder, evicted: ir.Graph, region: _Region, name: str
+) -> tuple[ir.Graph, dict[ir.Node, ir.Node]]:
+    """Return a copy of the branch in which everything stays, and the copies of its nodes."""
     whole = evicted.clone(allow_outer_scope_values=True)
     whole.name = name
     places = {node: place for place, node in enumerate(region.nodes)}
@@ -212,7 +224,7 @@ def _without_eviction(op: Recorder, evicted: ir.Graph, region: _Region, name: st
         node.name = op.unique(node.name or node.op_type)
         for value in node.outputs:
             value.name = op.unique(value.name or node.op_type)
-    return whole
+    return whole, {node: copies[place] for node, place in places.items() if copies[place].graph is whole}
 
 
 def _reads(node: ir.Node) -> list[ir.Node]:

@@ -14,15 +14,20 @@ from tokcc.lowering.onnx.subgraphs import inner_graphs
 __all__ = ["sink"]
 
 
-def sink(graph: ir.Graph, choices: Sequence[ir.Node]) -> None:
+def sink(choices: Sequence[ir.Node]) -> None:
     """Move into each branch of some If nodes what nothing outside of it reads.
 
     Args:
-        graph: Sorted; changed in place.
-        choices: Nodes of the graph.
+        choices: Nodes of sorted graphs, which are changed in place.
     """
-    if not choices:
-        return
+    graphs = {id(node.graph): node.graph for node in choices}
+    for graph in graphs.values():
+        assert isinstance(graph, ir.Graph)
+        _sink(graph, [node for node in choices if node.graph is graph])
+
+
+def _sink(graph: ir.Graph, choices: Sequence[ir.Node]) -> None:
+    """The same in one graph."""
     owners = {id(inner): node for node in graph.all_nodes() for inner in inner_graphs(node)}
     branches = {id(inner) for node in choices for inner in inner_graphs(node)}
     for node in reversed(list(graph)):

@@ -60,7 +60,6 @@ class Translator:
         self.table = table
         self.op = Recorder(opset)
         self.passages = Passages()
-        self.choices: list[ir.Node] = []
         self.env: dict[fx.Node, Any] = {}
         self._lazy: dict[fx.Node, tuple[str, torch.Tensor]] = {}
         self._axes: dict[Any, Any] = {}
@@ -193,7 +192,7 @@ class Translator:
             name="tokcc",
         )
         graph.sort()
-        sink(graph, self.choices)
+        sink(self.passages.choices)
         return ir.Model(graph, ir_version=IR_VERSIONS[self.op.opset], producer_name="tokcc")
 
     def _call(self, node: fx.Node) -> Any:
