@@ -37,7 +37,14 @@ from tokcc.pipeline.decoder_quality import Surprise
 from tokcc.pipeline.request import ModelRequest
 from tokcc.pipeline.stages import Stages
 
-METHODS = ("xattention",)
+METHODS = (
+    "xattention:mass=0.97,block=64,key_block=16,stride=8,length=2048",
+    "hip:found=64,local=64,sinks=4,blocks.query=64,blocks.key=16,length=2048",
+    "minference:columns=100,distances=800,length=2048",
+    "xattention:length=2048",
+    "token-select:tokens=2048,chunk=128,local=256,scaled=true,length=2048",
+)
+"""Three settings that lose little on this model, the published blocks, and a list that all heads share."""
 RESULT = "sparse_speed"
 LAST = {"logits": "last_token"}
 
@@ -79,6 +86,14 @@ def timed(engines: dict[str, Path], ids: npt.NDArray[np.int64], rounds: int) -> 
     return {name: {"ms": milliseconds(seconds[name]), "speedup": ratios.get(name)} for name in engines}
 
 
+def joined(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of two runs, one for each method and length; what both have is that of the later."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in (*old, *new):
+        found.setdefault((row["method"], row["context"]), {}).update(row)
+    return list(found.values())
+
+
 def break_even(rows: list[dict[str, Any]], method: str) -> int | None:
     """Return the first measured length from which on the method is faster than the dense engine."""
     own = sorted((r["context"], r["speedup"]["median"]) for r in rows if r["method"] == method and r.get("speedup"))
@@ -99,6 +114,7 @@ def main() -> int:
     parser.add_argument("--without-quality", action="store_true")
     parser.add_argument("--check", type=int, default=1100, help="tokens of the comparison with the eager program")
     parser.add_argument("--work", type=Path, help="keep the plain export here")
+    parser.add_argument("--add", action="store_true", help="keep what is in the results file and is not measured now")
     parser.add_argument("--name", default=RESULT, help="results file name")
     options = parser.parse_args()
     folder = locate(LANGUAGE_MODEL)[0].parent
@@ -133,6 +149,10 @@ def main() -> int:
                     rows.append(known := {"method": method, "context": context})
                 known |= {key: value for key, value in found.items() if value is not None}
                 print(f"{method} {context}: {json.dumps(found)}", flush=True)
+    path = RESULTS / f"{options.name}.json"
+    if options.add and path.is_file():
+        rows = joined(json.loads(path.read_text(encoding="utf-8"))["rows"], rows)
+        methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] not in ("none", PLAIN)))
     content = {
         "what": "prompts in one call; onnxruntime CPU, batch 1, one thread, in turns; speed-up over our dense engine",
         "environment": describe(1),

@@ -161,9 +161,10 @@ def _plan_step(
     policy: LoadedPolicy, number: int, step: Step, sites: Sites, made: list[TokenSpace], *, advise: bool
 ) -> list[PlannedReduction]:
     where = policy.where(("steps", number))
-    if step.node in ("evict_kv", "store_kv"):
+    doing = {"evict_kv": "evict from", "store_kv": "store", "bias_attention": "attend to"}.get(step.node)
+    if doing is not None:
         raise PlanError(
-            f"the model has no key-value cache to {'evict from' if step.node == 'evict_kv' else 'store'}",
+            f"the model has no key-value cache to {doing}",
             policy=policy.where(("steps", number, "node")),
             needed="a decoder that takes its past keys and values as inputs and returns them, grown",
             help="compile a causal language model (`--task text-generation`), or use a `prune` or `merge` step",

@@ -166,7 +166,7 @@ def kind_of(preset: Preset) -> str:
     sparse = [step for step in preset.steps if step["node"] == "sparse_attention"]
     if any(step.get("at", {}).get("part") != "encoder" for step in sparse):
         return "sparse"
-    if any(node in ("evict_kv", "store_kv") for node in preset.nodes):
+    if any(node in ("evict_kv", "store_kv", "bias_attention") for node in preset.nodes):
         return "cache"
     of_prompt = any(step["node"] == "unmerge" or step.get("at", {}).get("part") == "decoder" for step in preset.steps)
     return "prompt" if of_prompt else "encoder"

@@ -65,7 +65,8 @@ class CacheCut:
         budget: What the capacity was planned from.
         decides: bool ``[1]``: whether something is evicted in this call; None = in every one.
         weight: fp32 ``[B, Hkv, L]``: how many tokens a slot stands for, where that is carried along.
-        bias: Its logarithm, which the attention adds to the logits; None = one token each.
+        bias: What the attention adds to the logits, fp32 ``[B, Hkv, L]``: the logarithm of the weight, and what the
+            policy says; None = nothing.
         positions: True positions of the call's tokens, int64 ``[B, S]``; None = the model takes none.
         unturned: The queries before they are turned by their positions, for scores that look ahead; where the model
             does not turn them, the queries as they are.

@@ -10,6 +10,7 @@ from tokcc.analysis.cache_sites import CacheSite
 from tokcc.analysis.rotation import Rotation
 from tokcc.config import LoadedPolicy
 from tokcc.passes.budget import Count
+from tokcc.passes.cache.bias import AttentionBias
 from tokcc.passes.cache.cut import CacheCut
 from tokcc.passes.cache.piece import CacheReducer, CacheScore, CacheSelector
 from tokcc.passes.cache.rating import TokenRating
@@ -20,7 +21,7 @@ from tokcc.passes.piece import written_out
 from tokcc.passes.prompt.plan import PlannedPrune, PromptPlan
 from tokcc.passes.sparse.plan import PlannedSparse
 
-__all__ = ["WEIGHT", "CachePlan", "HeadGroup", "PlannedEviction", "PlannedStorage"]
+__all__ = ["WEIGHT", "CachePlan", "HeadGroup", "PlannedBias", "PlannedEviction", "PlannedStorage"]
 
 WEIGHT = "key_weight"
 """The state that says how many tokens an entry stands for."""
@@ -112,6 +113,27 @@ class PlannedStorage:
 
 
 @dataclass(frozen=True)
+class PlannedBias:
+    """What is added to the logits of one layer, or of some of its heads.
+
+    Attributes:
+        step: Index of the policy's step.
+        layer: 0-based.
+        name: Preset or node kind.
+        where: Place in the policy.
+        bias: What is added.
+        heads: The key heads that it is for: all query heads of each.
+    """
+
+    step: int
+    layer: int
+    name: str
+    where: str
+    bias: AttentionBias
+    heads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class HeadGroup:
     """Key heads of one layer that share a cache.
 
@@ -128,6 +150,7 @@ class HeadGroup:
         rotations: How the layer turns queries and keys, where keys are held as they are before it does.
         refilled: Old entries stand for the tokens of a call that did not come to the layer.
         sparse: What its queries read; None = everything.
+        biases: What is added to the logits of some of its heads.
     """
 
     layer: int
@@ -142,6 +165,7 @@ class HeadGroup:
     rotations: tuple[Rotation, Rotation] | None = None
     refilled: bool = False
     sparse: PlannedSparse | None = None
+    biases: tuple[PlannedBias, ...] = ()
 
     @property
     def written_out(self) -> bool:
@@ -176,6 +200,7 @@ class CachePlan:
         last_token_outputs: Positions of the outputs that hold the last token's row only.
         prompt: Where the prompt gets shorter between layers, or None.
         sparse: What queries read, by layer; everything where nothing is said.
+        biases: What is added to logits.
     """
 
     policy: LoadedPolicy
@@ -190,11 +215,13 @@ class CachePlan:
     last_token_outputs: tuple[int, ...] = ()
     prompt: PromptPlan | None = None
     sparse: Mapping[int, PlannedSparse] = field(default_factory=dict)
+    biases: tuple[PlannedBias, ...] = ()
 
     @property
     def changes(self) -> bool:
         """Whether caches are anything but whole, or attention is."""
-        return bool(self.evictions or self.storages or self.prompt or self.sparse) or self.otherwise != Merged()
+        anything = self.evictions or self.storages or self.prompt or self.sparse or self.biases
+        return bool(anything) or self.otherwise != Merged()
 
     @property
     def fixed(self) -> bool:
@@ -225,10 +252,10 @@ class CachePlan:
         return any(planned.new[1] > 1 for planned in self.sparse.values())
 
     @property
-    def parts(self) -> tuple[PlannedEviction | PlannedStorage | PlannedPrune | PlannedSparse, ...]:
+    def parts(self) -> tuple[PlannedEviction | PlannedStorage | PlannedPrune | PlannedSparse | PlannedBias, ...]:
         """Everything that is done to single layers."""
         prunes = self.prompt.prunes if self.prompt else ()
-        return (*self.evictions, *self.storages.values(), *prunes, *self.sparse.values())
+        return (*self.evictions, *self.storages.values(), *prunes, *self.sparse.values(), *self.biases)
 
     @property
     def token_bytes(self) -> int:
@@ -246,7 +273,9 @@ class CachePlan:
 
     def without_changes(self) -> CachePlan:
         """Return the plan that keeps everything that can still be seen, as it is."""
-        return replace(self, evictions=(), storages={}, otherwise=Merged(), warnings=(), prompt=None, sparse={})
+        return replace(
+            self, evictions=(), storages={}, otherwise=Merged(), warnings=(), prompt=None, sparse={}, biases=()
+        )
 
     def of_layer(self, layer: int) -> tuple[PlannedEviction, ...]:
         """Return the evictions of a layer."""
@@ -277,8 +306,9 @@ class CachePlan:
                 rotations = eviction.rotations
             refilled = self.prompt is not None and self.prompt.refills(layer)
             window = self.windows[layer]
+            biases = tuple(p for p in self.biases if p.layer == layer and {*p.heads} & {*heads})
             yield HeadGroup(
-                layer, number, heads, eviction, storage, window, own, stage, rating, rotations, refilled, sparse
+                layer, number, heads, eviction, storage, window, own, stage, rating, rotations, refilled, sparse, biases
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -290,9 +320,13 @@ class CachePlan:
             if layers and len(step["budget"].get("schedule", layers)) == len(layers):
                 step["at"]["layers"] = layers
             mine = [eviction for eviction in self.evictions if eviction.step == number]
-            if mine and step.get("heads"):
-                everyone = {e.layer: range(self.forms[e.layer].kv_heads) for e in mine}
-                heads = {e.layer: list(everyone[e.layer] if e.heads is None else e.heads) for e in mine}
+            by_head: list[PlannedEviction | PlannedBias] = [
+                *mine,
+                *(planned for planned in self.biases if planned.step == number),
+            ]
+            if by_head and step.get("heads"):
+                everyone = {e.layer: range(self.forms[e.layer].kv_heads) for e in by_head}
+                heads = {e.layer: list(everyone[e.layer] if e.heads is None else e.heads) for e in by_head}
                 step["heads"] = {"kind": "listed", "heads": heads}
             chosen = [*mine, *(planned for planned in self.sparse.values() if planned.step == number)]
             for name in ("score", "select") if chosen else ():

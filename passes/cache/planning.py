@@ -16,11 +16,12 @@ from tokcc.errors import PlanError, PolicyError
 from tokcc.ir.program import Program
 from tokcc.passes.budget import Count, planned_counts
 from tokcc.passes.cache.beside import refuse_beside
+from tokcc.passes.cache.biasing import plan_biases, refuse_biases
 from tokcc.passes.cache.fixed_slots import fixed_slots
 from tokcc.passes.cache.head import last_token_outputs
 from tokcc.passes.cache.head_choice import HeadChoice
 from tokcc.passes.cache.piece import CacheReducer, CacheScore, CacheSelector
-from tokcc.passes.cache.plan import WEIGHT, CachePlan, PlannedEviction, PlannedStorage
+from tokcc.passes.cache.plan import WEIGHT, CachePlan, PlannedBias, PlannedEviction, PlannedStorage
 from tokcc.passes.cache.storage import CacheForm, CacheStorage
 from tokcc.passes.cache.storages.merged import Merged
 from tokcc.passes.cache.storing import add_storages, key_rotations, refuse_changes
@@ -51,12 +52,18 @@ def make_cache_plan(policy: LoadedPolicy, program: Program, sites: tuple[CacheSi
     storages: dict[int, PlannedStorage] = {}
     warnings: list[str] = []
     sparse: dict[int, PlannedSparse] = {}
+    biases: list[PlannedBias] = []
     prompt = plan_unmerge(policy, program, sites) or make_prompt_plan(policy, program, sites, windows)
     for number, step in enumerate(policy.policy.steps):
         if step.node in ("prune", "unmerge"):
             continue
         if step.node == "store_kv":
             warnings += add_storages(policy, number, step, program, sites, forms, windows, storages)
+            continue
+        if step.node == "bias_attention":
+            layers = _layers(policy, number, step, windows, warnings)
+            heads = _heads(policy, number, step, forms, windows)
+            biases += plan_biases(policy, number, step, layers, heads, forms, biases)
             continue
         if step.node == "sparse_attention":
             for planned in plan_sparse(policy, number, step, program, sites, windows, warnings):
@@ -87,10 +94,12 @@ def make_cache_plan(policy: LoadedPolicy, program: Program, sites: tuple[CacheSi
         last_token_outputs=tuple(last_token_outputs(policy, program, caches)),
         prompt=prompt,
         sparse=dict(sorted(sparse.items())),
+        biases=tuple(biases),
     )
     refuse_taken_names(program, plan.inputs)
     _refuse_shorter_prompts(plan)
     _refuse_sparse(plan)
+    refuse_biases(plan)
     return replace(plan, warnings=(*plan.warnings, *_copies(plan)))
 
 
@@ -227,7 +236,7 @@ def _plan_step(
         raise PlanError(
             f"`{step.node}` steps are not available for decoders in this version of tokcc",
             policy=policy.where(("steps", number, "node")),
-            needed="prune, unmerge, evict_kv, store_kv or sparse_attention",
+            needed="prune, unmerge, evict_kv, store_kv, sparse_attention or bias_attention",
             help="use a method for decoders: `tokcc presets` lists them",
         )
     layers = _layers(policy, number, step, windows, warnings)
@@ -307,9 +316,11 @@ def _layers(
             help="compile with `--policy none`",
         )
     if sliding:
-        warnings.append(
-            f"layers {', '.join(map(str, sliding))} have sliding windows; their caches are bounded without eviction"
+        evicting = step.node == "evict_kv"
+        why = (
+            "their caches are bounded without eviction" if evicting else "the first token leaves them: nothing is added"
         )
+        warnings.append(f"layers {', '.join(map(str, sliding))} have sliding windows; {why}")
     return tuple(layer for layer in layers if not windows[layer])
 
 

@@ -15,6 +15,7 @@ from tokcc.ir.builder import GraphBuilder
 from tokcc.ir.edit import fake_mode_of
 from tokcc.ir.program import PassResult, Program
 from tokcc.passes.cache.beside import TOKENS, Beside
+from tokcc.passes.cache.biasing import biased
 from tokcc.passes.cache.cut import CacheCut, behind
 from tokcc.passes.cache.plan import WEIGHT, CachePlan, HeadGroup, PlannedEviction
 from tokcc.passes.cache.runs import prefix, run_from
@@ -328,6 +329,8 @@ class _Rebuild:
             query = rotations[0].replay(b.call, query, b.slice(place, 1, past, None), self.env)
             key = rotations[1].replay(b.call, key, place, self.env)
         weight, bias = slot_weights(b, held, front, query)
+        with b.inserting(f"bias@{site.layer}"):
+            bias = biased(b, bias, group, real)
         out = received = None
         if arranged is None and refill is None:
             op = torch.ops.tokcc.cached_attention.default

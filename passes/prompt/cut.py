@@ -91,6 +91,8 @@ class PromptCut:
         attention: Returns a layer's attention over the current tokens alone: ``attention(layer)``.
         probe: Returns the next layer's attention as it would be if nothing were dropped: ``probe(rows)`` with int64
             ``[B, R]`` for the queries of some rows, or None for the last one. ``query`` holds those rows only.
+            ``probe(rows, layer)`` reads on to a layer further behind. Those between are run over all tokens of the call
+            for it alone, and over nothing else: it says something in the first call, see :meth:`in_first_call`.
         branch: Returns an attention's or an MLP's input and output: ``branch(layer, "attention" or "mlp")``.
         entry: Returns what the first layer reads, for the current tokens, ``[B, N, C]``.
         fail: Raises an error about this cut: ``fail(what, needed=..., help=...)``.
@@ -115,7 +117,7 @@ class PromptCut:
     remaining: int | None
     before: int
     attention: Callable[[int], CacheCut]
-    probe: Callable[[Any], CacheCut]
+    probe: Callable[..., CacheCut]
     branch: Callable[[int, str], Branch]
     entry: Callable[[], Any]
     input: Callable[[str, torch.dtype], Any]
@@ -144,6 +146,12 @@ class PromptCut:
         ones = b.add(b.mul(chosen.index, 0), 1)
         kept = b.compare("gt", b.scatter(zeros, 1, chosen.index, ones), 0)
         return b.logical_and(self.candidates, b.logical_not(kept))
+
+    def in_first_call(self, score: Any) -> Any:
+        """Return a score ``[B, N]`` in the first call, zeros in others: what only it reads is not computed in them."""
+        b = self.b
+        zeros = b.mul(b.cast(self.real, torch.float32), 0.0)
+        return b.call(torch.ops.tokcc.choose_by_size.default, zeros, score, [self.first_call], [1], [1])
 
     def rows_of(self, x: Any, rows: Any, axis: int = 1) -> Any:
         """Take rows ``[B, R]`` along an axis of ``[B, ...]``."""

@@ -80,7 +80,7 @@ class _Prune:
             remaining=planned.remaining,
             before=max((other.behind for other in walk.plan.prunes if other.behind < planned.behind), default=-1),
             attention=lambda layer: _own(walk, layer),
-            probe=lambda rows: _probe(walk, node, value, planned, rows),
+            probe=lambda rows, layer=None: _probe(walk, node, value, planned, rows, layer),
             branch=lambda layer, kind: _branch(walk, layer, kind),
             entry=lambda: _entry(walk, node, value),
             input=lambda name, dtype: _input(walk, name, dtype),
@@ -250,15 +250,20 @@ def _own(walk: PromptStream, layer: int) -> CacheCut:
     return _view(walk, layer, *(value.handle for value in values))
 
 
-def _probe(walk: PromptStream, node: fx.Node, value: Value, planned: PlannedPrune, rows: Any) -> CacheCut:
-    """Return the attention of the next layer over the tokens that are still there, some queries of it."""
-    b, layer = walk.builder, planned.behind + 1
+def _probe(
+    walk: PromptStream, node: fx.Node, value: Value, planned: PlannedPrune, rows: Any, layer: int | None
+) -> CacheCut:
+    """Return the attention of a layer behind the cut over the tokens that are still there, some queries of it."""
+    b, nearest = walk.builder, planned.behind + 1
+    layer = nearest if layer is None else layer
     if planned.site == "after_attention":
         walk.ctx.fail(
             "the next layer reads what leaves this one",
             needed="`site: block_output`",
             help="leave `at.site` out",
         )
+    if layer > nearest:
+        node, value = _ahead(walk, node, value, layer)
     site, space = walk.sites[layer], walk.space
     asked = TokenSpace(
         name="asked",
@@ -275,12 +280,23 @@ def _probe(walk: PromptStream, node: fx.Node, value: Value, planned: PlannedPrun
     else:
         few = b.call(torch.ops.tokcc.gather_tokens.default, value.handle, rows, 1, 0)
     axes = (value.axes[0], (Factor(asked, space.root.old),), value.axes[2])
-    (query,) = walk.replay(node, value.having(handle=few, axes=axes), [walk.nodes[site.query]])
+    query = walk.rehearse(node, value.having(handle=few, axes=axes), walk.nodes[site.query])
     new_key = walk.nodes[site.new_key]
-    (key,) = walk.replay(node, value, [new_key])
-    if planned.positions == "keep":
+    key = walk.rehearse(node, value, new_key)
+    if planned.positions == "keep" and layer == nearest:
         walk.share(new_key, key)
     return _view(walk, layer, query.handle, key.handle, key.handle)
+
+
+def _ahead(walk: PromptStream, node: fx.Node, value: Value, layer: int) -> tuple[fx.Node, Value]:
+    """Return what a layer further behind would read if all tokens that are still there came to it."""
+    name = walk.plan.cuts.block_output[layer - 1]
+    if name is None:
+        walk.ctx.fail(
+            f"layer {layer} does not read the stream that leaves layer {layer - 1}", help="choose another layer"
+        )
+    stream = walk.nodes[name]
+    return stream, walk.rehearse(node, value, stream)
 
 
 def _branch(walk: PromptStream, layer: int, kind: str) -> Branch:

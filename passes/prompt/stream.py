@@ -48,6 +48,7 @@ class PromptStream(Walk):
     ) -> None:
         super().__init__(program, builder, plan.cuts.entry, actions=actions)
         self.plan, self.sites = plan, tuple(sites)
+        self._by_output = {self.nodes[site.output]: site for site in self.sites}
         self.facts: dict[str, Any] = {}
         """What is known of every token of the current stream, ``[B, N, ...]`` by name."""
         self.gone = 0
@@ -89,14 +90,16 @@ class PromptStream(Walk):
 
     def attended(self, site: CacheSite, handle: Any) -> None:
         """Take in what an attention returns, ``[B, H, S, Dv]``."""
-        node = self.nodes[site.output]
+        node = self.ctx.node = self.nodes[site.output]
+        self.env[node] = self._after(node, self._of_heads(node, handle))
+
+    def _of_heads(self, node: fx.Node, handle: Any) -> Value:
+        """Return what an attention returns for the current tokens, ``[B, H, N, Dv]``, with its axes."""
         old = self.old_shape(node)
         assert self.batch is not None
         space = self.space
         axes = ((Factor(self.batch, old[0]),), (Factor(None, old[1]),), (Factor(space, space.root.old),))
-        value = Value(handle, (*axes, (Factor(None, old[3]),)), old)
-        self.ctx.node = node
-        self.env[node] = self._after(node, value)
+        return Value(handle, (*axes, (Factor(None, old[3]),)), old)
 
     def handle(self, node: fx.Node) -> Any:
         """Return the handle of a node; of several results, the handles."""
@@ -213,40 +216,22 @@ class PromptStream(Walk):
 
     # beside the graph -------------------------------------------------------------------------------------------------
 
-    def replay(self, start: fx.Node, value: Value, targets: Sequence[fx.Node]) -> list[Value]:
-        """Emit what lies between a stream node and some nodes behind it, without any reduction at that node.
+    def _reads(self, node: fx.Node) -> list[fx.Node]:
+        """Return what a node reads when it is rehearsed; an attention reads no cache."""
+        site = self._by_output.get(node)
+        if site is None:
+            return super()._reads(node)
+        return [self.nodes[name] for name in (site.query, site.new_key, site.new_value)]
 
-        Args:
-            start: The node.
-            value: Its value.
-            targets: Nodes behind it; no attention lies between.
-
-        Returns:
-            The values of the targets.
-        """
-        between = self._missing(start, targets)
-        own = self.ctx.node
-        self.env[start] = value
-        for node in between:
-            self.ctx.node = node
-            self.env[node] = self._call(node)
-        found = [self.env[target] for target in targets]
-        for node in between:
-            del self.env[node]
-        del self.env[start]  # it is being made
-        self.ctx.node = own
-        return found
-
-    def _missing(self, start: fx.Node, targets: Sequence[fx.Node]) -> list[fx.Node]:
-        """Return what the targets need that is not there yet, in order."""
-        found: set[fx.Node] = set()
-        work = list(targets)
-        while work:
-            node = work.pop()
-            if node not in found and node not in self.env and node is not start:
-                found.add(node)
-                work += node.all_input_nodes
-        return [node for node in self.program.graph.nodes if node in found]
+    def _rehearsed(self, node: fx.Node) -> Any:
+        """Emit a node that is rehearsed; an attention is over the current tokens alone."""
+        site, b = self._by_output.get(node), self.builder
+        if site is None:
+            return super()._rehearsed(node)
+        query, key, value = (self.aligned(operand).handle for operand in self._reads(node))
+        op = torch.ops.tokcc.cached_attention.default
+        both = b.call(op, query, key, value, self.facts["real"], 0, site.scale, site.softcap)
+        return self._of_heads(node, b.parts(both, 2)[0])
 
     def share(self, node: fx.Node, value: Value) -> None:
         """Let a node that comes later be taken from what was made for a score already."""

@@ -15,7 +15,7 @@ from tokcc.passes.trained import with_weights
 
 __all__ = ["make_scan_plan"]
 
-_DOING = {"evict_kv": "evict from", "store_kv": "store"}
+_DOING = {"evict_kv": "evict from", "store_kv": "store", "bias_attention": "attend to"}
 
 
 def make_scan_plan(policy: LoadedPolicy, program: Program, sites: tuple[StateSite, ...]) -> ScanPlan:

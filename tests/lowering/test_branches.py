@@ -39,3 +39,17 @@ def test_what_leaves_the_graph_stays_outside() -> None:
     (choice,) = [node for node in graph if node.op_type == "If"]
     assert {"Exp", "Sqrt"} <= {node.op_type for node in graph}
     assert _inside(choice) == {"then_branch": ["Identity"], "else_branch": ["Identity"]}
+
+
+def test_what_nothing_reads_keeps_nothing_outside() -> None:
+    def body(b, x):  # type: ignore[no-untyped-def]
+        root = b.exp(x)
+        # A reshape that keeps an axis does not ask for its size.
+        root = b.sqrt(b.reshape(root, [b.size(root, 0), b.size(root, 1), 2, 2]))
+        other = b.reshape(x, [b.size(x, 0), b.size(x, 1), 2, 2])
+        return b.call(ops.choose_by_size.default, other, root, [b.size(x, 1)], [5], [2**62])
+
+    graph = build_onnx(program_of(Case("unread", body, (Input(("B", "N", 4)),)), dynamic=True)).graph
+    (choice,) = [node for node in graph if node.op_type == "If"]
+    assert not {"Exp", "Sqrt"} & {node.op_type for node in graph}
+    assert _inside(choice)["then_branch"] == ["Exp", "Reshape", "Sqrt", "Identity"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tests.decoders.engine import Engine
-from tests.prompt.models import IMAGE, LAYERS, model_of, program_of, prompts
-from tests.prompt.oracle import Cut, Trace, run
+from tests.prompt.models import IMAGE, LAYERS, model_of, program_of, prompts, texts
+from tests.prompt.oracle import Cut, Trace, read_alone, run
 from tokcc.analysis.cache_sites import cache_sites
 from tokcc.backends.onnx import build_onnx, save_onnx
 from tokcc.backends.parity import oracle
@@ -25,7 +25,7 @@ from tokcc.passes.cache.planning import make_cache_plan
 from tokcc.passes.cache.rebuild import RebuildCaches
 from tokcc.passes.methods import library
 
-__all__ = ["PADDING", "PROMPT", "build", "compare", "policy", "visual_policy"]
+__all__ = ["PADDING", "PROMPT", "assert_reads_shorter", "build", "compare", "policy", "visual_policy"]
 
 PROMPT, TOKENS, PADDING = 30, 16, (0, 3, 5)
 """Tokens of the longest prompt, of its image, and padding of the rows."""
@@ -102,6 +102,43 @@ def compare(
                 length = lengths(PROMPT)[layer] if lengths else len(behind[-1]) if behind else PROMPT
                 assert last[f"present.{layer}.key"].shape[2] == length + steps
     return engine
+
+
+def assert_reads_shorter(
+    engine: Engine,
+    family: str,
+    batch: Sequence[int],
+    calls: Sequence[int],
+    kept: Callable[[int, Tensor], list[int]],
+    given: Mapping[int, Mapping[str, Any]] | None = None,
+) -> None:
+    """Every row gives what transformers' own model makes of what stays of its prompt: logits, and caches of all layers.
+
+    Args:
+        engine: The engine.
+        family: Of :mod:`tests.prompt.models`.
+        batch: Padding of the rows.
+        calls: Tokens of the first call, padding included, and of later ones.
+        kept: Takes a row's number and its prompt; returns what stays, ascending.
+        given: Inputs that the policy added, by call.
+    """
+    ids, mask = texts(batch, sum(calls))
+    results = list(engine.each(ids, mask, calls, given))
+    for row, count in enumerate(batch):
+        own, prompt = ids[row, count:], calls[0] - count
+        stay = kept(row, own[:prompt])
+        logits, cache = read_alone(model_of(family), torch.cat([own[:prompt][stay], own[prompt:]]))
+        got = np.concatenate([results[0]["logits"][row, count:][stay], *(r["logits"][row] for r in results[1:])])
+        np.testing.assert_allclose(got, logits.numpy(), rtol=0, atol=2e-4 * float(logits.abs().max()))
+        read = len(stay)
+        for call, result in enumerate(results):
+            read += calls[call] if call else 0
+            for layer in range(LAYERS):
+                for part, whole in (("key", cache.layers[layer].keys), ("value", cache.layers[layer].values)):
+                    want = whole[0, :, :read].numpy()
+                    held = result[f"present.{layer}.{part}"][row]
+                    held = held[:, held.shape[1] - read :]  # behind padding
+                    np.testing.assert_allclose(held, want, rtol=0, atol=2e-4 * np.abs(want).max())
 
 
 def reference_calls(program: Program, ids: Tensor, mask: Tensor, calls: Sequence[int]) -> Tensor:

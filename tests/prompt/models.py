@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from tests.decoders.tiny import decoder_program, random_model
 from tokcc.ir.program import Program
 
-__all__ = ["IMAGE", "LAYERS", "VOCABULARY", "model_of", "program_of", "prompts"]
+__all__ = ["IMAGE", "LAYERS", "VOCABULARY", "model_of", "program_of", "prompts", "texts"]
 
 VOCABULARY, LAYERS, IMAGE = 97, 5, 90
 _BASE: dict[str, Any] = {
@@ -30,6 +31,7 @@ _BASE: dict[str, Any] = {
 _CONFIGS = {
     "llama": ("LlamaConfig", {}),
     "llama-mha": ("LlamaConfig", {"num_key_value_heads": 4}),
+    "llama-mqa": ("LlamaConfig", {"num_key_value_heads": 1}),
     "qwen2": ("Qwen2Config", {}),
     "gpt2": (
         "GPT2Config",
@@ -67,3 +69,10 @@ def prompts(padding: tuple[int, ...], prompt: int, total: int, image: int, seed:
         assert start + image < prompt
         ids[row, start : start + image] = IMAGE
     return ids, mask
+
+
+def texts(padding: Sequence[int], total: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows ``[B, T]`` of random tokens behind some padding, without any image, and their masks."""
+    ids = torch.randint(3, IMAGE, (len(padding), total), generator=torch.Generator().manual_seed(seed))
+    mask = (torch.arange(total) >= torch.tensor(padding)[:, None]).long()
+    return ids * mask, mask

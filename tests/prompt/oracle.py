@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-__all__ = ["Cut", "Seen", "Trace", "next_layer", "run"]
+__all__ = ["Cut", "Seen", "Trace", "next_layer", "projected", "read_alone", "run"]
 
 
 @dataclass
@@ -267,13 +268,17 @@ def run_rebuilt(
 
 def next_layer(seen: Seen | Stream) -> tuple[Tensor, Tensor]:
     """Queries and keys that the next layer would make of what is there, ``[H, N, D]``, keys repeated."""
-    module = seen.model.model.layers[seen.layer + 1]
+    return projected(seen.model.model.layers[seen.layer + 1], seen.hidden, seen.turned)
+
+
+def projected(module: nn.Module, hidden: Tensor, turned: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Queries and keys that a layer makes of ``[N, C]``, ``[H, N, D]``, keys repeated, turned by cosines and sines."""
     with torch.no_grad():
-        given = module.input_layernorm(seen.hidden)
+        given = module.input_layernorm(hidden)
         width = module.self_attn.head_dim
         query = module.self_attn.q_proj(given).unflatten(-1, (-1, width)).transpose(0, 1)
         key = module.self_attn.k_proj(given).unflatten(-1, (-1, width)).transpose(0, 1)
-    cos, sin = seen.turned
+    cos, sin = turned
 
     def turn(x: Tensor) -> Tensor:
         half = width // 2
@@ -282,3 +287,10 @@ def next_layer(seen: Seen | Stream) -> tuple[Tensor, Tensor]:
 
     query, key = turn(query), turn(key)
     return query, key.repeat_interleave(query.shape[0] // key.shape[0], 0)
+
+
+def read_alone(model: nn.Module, ids: Tensor) -> tuple[Tensor, Any]:
+    """The model's own logits and cache of a row ``[T]``, positions from 0."""
+    with torch.no_grad():
+        out = model(input_ids=ids[None], use_cache=True, past_key_values=DynamicCache())
+    return out.logits[0], out.past_key_values

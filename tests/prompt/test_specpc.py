@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
 
 import tokcc
 from tests.decoders.bundles import compiled, model_folder
 from tests.decoders.tiny import model_of as model_of_tiny
-from tests.prompt.engine import PADDING, PROMPT, build, policy
-from tests.prompt.models import IMAGE, LAYERS, model_of
+from tests.prompt.engine import PADDING, PROMPT, assert_reads_shorter, build, policy
+from tests.prompt.models import model_of, texts
+from tests.prompt.oracle import read_alone
 from tests.prompt.test_embeddings import captured
 from tokcc.backends.bundle import Bundle
 from tokcc.backends.generation import Generator
@@ -65,13 +65,6 @@ def kept(scores: Tensor, given: dict[str, int], window: int = WINDOW) -> list[in
     return chosen(smooth, given["tokens"] + window, window, given["neighbours"])
 
 
-def inputs(batch: Sequence[int], total: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Rows of random tokens behind some padding."""
-    ids = torch.randint(3, IMAGE, (len(batch), total), generator=torch.Generator().manual_seed(seed))
-    mask = (torch.arange(total) >= torch.tensor(batch)[:, None]).long()
-    return ids * mask, mask
-
-
 def importance(batch: Sequence[int], length: int = PROMPT, seed: int = 1) -> Tensor:
     """Numbers for every token, those of padding the largest; the ends of the second and third row matter most."""
     made = torch.rand(len(batch), length, generator=torch.Generator().manual_seed(seed))
@@ -89,13 +82,6 @@ def fed(numbers: Tensor, calls: int) -> dict[int, dict[str, Any]]:
     return {0: {"importance": numbers.numpy()}, **{call: {"importance": nothing} for call in range(1, calls)}}
 
 
-def read_alone(model: nn.Module, ids: Tensor) -> tuple[Tensor, Any]:
-    """The target's own logits and cache of a row ``[T]``, positions from 0."""
-    with torch.no_grad():
-        out = model(input_ids=ids[None], use_cache=True, past_key_values=DynamicCache())
-    return out.logits[0], out.past_key_values
-
-
 @pytest.mark.parametrize("batch", [PADDING, (0,)])
 @pytest.mark.parametrize("given", SETTINGS)
 def test_equals_the_target_on_the_shorter_prompt(given: dict[str, int], batch: tuple[int, ...], tmp_path: Path) -> None:
@@ -103,22 +89,14 @@ def test_equals_the_target_on_the_shorter_prompt(given: dict[str, int], batch: t
     engine = build("llama", policy([{"preset": "specpc", "window": WINDOW, **given}]), tmp_path)
     assert [(spec.name, spec.shape) for spec in engine.plan.inputs] == [("importance", ("B", "S"))]
     calls = (PROMPT, *[1] * STEPS)
-    ids, mask = inputs(batch, sum(calls))
     numbers = importance(batch)
-    results = list(engine.each(ids, mask, calls, fed(numbers, len(calls))))
-    capacity = given["tokens"] + WINDOW
-    for row, count in enumerate(batch):
-        own, prompt = ids[row, count:], PROMPT - count
-        stay = kept(numbers[row, count:], given)
-        assert len(stay) == capacity
-        logits, cache = read_alone(model_of("llama"), torch.cat([own[:prompt][stay], own[prompt:]]))
-        got = np.concatenate([results[0]["logits"][row, count:][stay], *(r["logits"][row] for r in results[1:])])
-        np.testing.assert_allclose(got, logits.numpy(), rtol=0, atol=2e-4 * float(logits.abs().max()))
-        for call, result in enumerate(results):
-            for layer in range(LAYERS):
-                for part, whole in (("key", cache.layers[layer].keys), ("value", cache.layers[layer].values)):
-                    held, want = result[f"present.{layer}.{part}"][row], whole[0, :, : capacity + call].numpy()
-                    np.testing.assert_allclose(held, want, rtol=0, atol=2e-4 * np.abs(want).max())
+
+    def stays(row: int, prompt: Tensor) -> list[int]:
+        stay = kept(numbers[row, batch[row] :], given)
+        assert len(stay) == given["tokens"] + WINDOW < len(prompt)
+        return stay
+
+    assert_reads_shorter(engine, "llama", batch, calls, stays, fed(numbers, len(calls)))
 
 
 @pytest.mark.slow
@@ -126,7 +104,7 @@ def test_equals_the_target_on_the_shorter_prompt(given: dict[str, int], batch: t
 def test_other_families(family: str, tmp_path: Path) -> None:
     given = {"tokens": 9, "kernel": 5, "neighbours": 4}
     engine = build(family, policy([{"preset": "specpc", "window": WINDOW, **given}]), tmp_path)
-    ids, mask = inputs((0,), PROMPT + 3)
+    ids, mask = texts((0,), PROMPT + 3)
     numbers = importance((0,))
     logits, _ = engine.run(ids, mask, (PROMPT, 1, 1, 1), fed(numbers, 4))
     stay = [*kept(numbers[0], given), *range(PROMPT, PROMPT + 3)]
@@ -138,7 +116,7 @@ def test_without_neighbours_it_is_the_best_and_the_window(tmp_path: Path) -> Non
     """Said without the sequence: a plain choice of the best in front of the window."""
     step = {"preset": "specpc", "window": WINDOW, "tokens": 9, "kernel": 1, "neighbours": 1}
     engine = build("llama", policy([step]), tmp_path)
-    ids, mask = inputs(PADDING, PROMPT)
+    ids, mask = texts(PADDING, PROMPT)
     numbers = importance(PADDING)
     logits, _ = engine.run(ids, mask, (PROMPT,), fed(numbers, 1))
     for row, count in enumerate(PADDING):
@@ -156,7 +134,7 @@ def test_shorter_prompts_are_read_whole(room: int, tmp_path: Path) -> None:
     given = {"tokens": room, "kernel": 5, "neighbours": 4}
     engine = build("llama", policy([{"preset": "specpc", "window": WINDOW, **given}]), tmp_path)
     batch = (0, 3, PROMPT - 2)
-    ids, mask = inputs(batch, PROMPT + STEPS)
+    ids, mask = texts(batch, PROMPT + STEPS)
     numbers = importance(batch)
     logits, last = engine.run(ids, mask, (PROMPT, *[1] * STEPS), fed(numbers, 1 + STEPS))
     assert last["present.0.key"].shape[2] == min(PROMPT, room + WINDOW) + STEPS
@@ -174,7 +152,7 @@ def test_a_second_text_is_read_whole(tmp_path: Path) -> None:
     given = {"tokens": 20, "kernel": 5, "neighbours": 4}
     engine = build("llama", policy([{"preset": "specpc", "window": WINDOW, **given}]), tmp_path)
     batch = (0, 3, 12)  # the last row is shorter than what stays
-    ids, mask = inputs(batch, PROMPT + 7)
+    ids, mask = texts(batch, PROMPT + 7)
     numbers, more = importance(batch), importance((0, 0, 0), 5, seed=3)
     nothing = np.zeros((3, 1), np.float32)
     given_by_call = {0: numbers.numpy(), 1: nothing, 2: more.numpy(), 3: nothing}
@@ -195,7 +173,7 @@ def test_decoders_that_take_embeddings(tmp_path: Path) -> None:
     given = {"tokens": 9, "kernel": 5, "neighbours": 4}
     program = captured(model_of("llama", "sdpa"), grid=False)
     engine = build("llama", policy([{"preset": "specpc", "window": WINDOW, **given}]), tmp_path, program)
-    ids, mask = inputs(PADDING, PROMPT)
+    ids, mask = texts(PADDING, PROMPT)
     numbers = importance(PADDING)
     feeds: dict[str, Any] = {"importance": numbers.numpy(), "attention_mask": mask.numpy()}
     with torch.no_grad():

@@ -164,7 +164,7 @@ class Walk:
             current = front.pop()
             if current not in needed and current is not node and current not in self.env:
                 needed.add(current)
-                front += current.all_input_nodes
+                front += self._reads(current)
         env, own = dict(self.env), self.ctx.node
         self.env[node] = value
         self._rehearsing = True
@@ -172,10 +172,18 @@ class Walk:
             for later in self.program.graph.nodes:
                 if later in needed:
                     self.ctx.node = later
-                    self.env[later] = self._call(later)
+                    self.env[later] = self._rehearsed(later)
             return self.env[wanted]
         finally:
             self.env, self.ctx.node, self._rehearsing = env, own, False
+
+    def _reads(self, node: fx.Node) -> list[fx.Node]:
+        """Return what a node reads when it is rehearsed."""
+        return node.all_input_nodes
+
+    def _rehearsed(self, node: fx.Node) -> Any:
+        """Emit a node that is rehearsed."""
+        return self._call(node)
 
     def _placeholder(self, node: fx.Node) -> Any:
         if isinstance(self.builder, GraphBuilder):

@@ -26,7 +26,10 @@ __all__ = [
     "find_conflict",
 ]
 
-NodeKind = Literal["prune", "merge", "unmerge", "sparse_attention", "evict_kv", "store_kv", "filter_scan"]
+NodeKind = Literal[
+    "prune", "merge", "unmerge", "sparse_attention", "bias_attention", "evict_kv", "store_kv", "filter_scan"
+]
+_KEEPING = ("store_kv", "unmerge", "sparse_attention", "bias_attention")
 
 _AMOUNTS = ("keep", "tokens", "remove", "stride", "schedule", "total_remove", "kv", "flops")
 # Without a model, two steps are said to contradict only if they do at every depth up to this one.
@@ -214,6 +217,7 @@ class Step(Strict):
         heads: For caches: the key heads that the step is for; all by default.
         store: For caches: how entries are held between calls.
         blocks: For sparse attention: what queries and keys are cut into.
+        bias: For biased attention: what is added to its logits.
     """
 
     name: str
@@ -226,6 +230,7 @@ class Step(Strict):
     heads: PieceSpec | None = None
     store: PieceSpec | None = None
     blocks: Blocks | None = None
+    bias: PieceSpec | None = None
     budget: Budget
     protect: Protect = Protect()
     positions: Literal["keep", "compact"] = "keep"
@@ -237,8 +242,8 @@ class Step(Strict):
     def _named(cls, data: Any) -> Any:
         if not isinstance(data, Mapping) or not isinstance(data.get("node"), str):
             return data
-        # Storing keeps every entry, unmerging every token, and what is read a selector may know itself.
-        whole = {"budget": {"keep": 1.0}} if data["node"] in ("store_kv", "unmerge", "sparse_attention") else {}
+        # Storing and biases keep every entry, unmerging every token, and what is read a selector may know itself.
+        whole = {"budget": {"keep": 1.0}} if data["node"] in _KEEPING else {}
         return {"name": data["node"], **whole, **data}
 
     @model_validator(mode="after")
@@ -253,6 +258,16 @@ class Step(Strict):
                     hint="leave them out: `tokcc presets` lists the methods that have them",
                     key=key,
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _only_biased_attention_has_a_bias(self) -> Step:
+        if (self.bias is None) == (self.node == "bias_attention"):
+            raise problem(
+                "`node: bias_attention` says no `bias`" if self.bias is None else "`bias` is for biased attention",
+                needed="`node: bias_attention` with a `bias`, such as `{kind: first_key, gamma: 0.6}`",
+                key="bias" if self.bias is not None else None,
+            )
         return self
 
     @model_validator(mode="after")

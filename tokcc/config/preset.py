@@ -23,6 +23,7 @@ OVERRIDES = (
     "heads",
     "store",
     "blocks",
+    "bias",
     "budget",
     "protect",
     "positions",

@@ -299,12 +299,15 @@ def _layer_bytes(feeds: Feeds, layer: int) -> int:
 
 
 def _attention_flops(program: Program, shapes: Mapping[str, Sequence[int]], plan: CachePlan) -> list[int]:
-    """Return the FLOPs of the attention of each layer: one node for each of its caches."""
+    """Return the FLOPs of the attention of each layer: one node for each of its caches.
+
+    Those with a label are not among them: a score attends beside the layers.
+    """
     bindings = program.bindings(shapes)
     taken = computed(program, bindings)
     flops = {node: node_flops(node, bindings) if node in taken else 0 for node in program.graph.nodes}
     op = torch.ops.tokcc.cached_attention.default
-    each = iter([count for node, count in flops.items() if node.target is op])
+    each = iter([count for node, count in flops.items() if node.target is op and "tokcc" not in node.meta])
     found = []
     for site in plan.sites:
         labels = {f"{ATTEND}@{site.layer}"}

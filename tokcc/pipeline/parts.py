@@ -29,7 +29,7 @@ _ENGINES = "onnx"
 _FILES = {DECODER: "decoder_model_merged"}
 """Names of files that are not those of their parts: where transformers.js looks."""
 _LINE_END = "line_end.npy"
-_DECODER_NODES = ("evict_kv", "store_kv", "unmerge", "filter_scan")
+_DECODER_NODES = ("evict_kv", "store_kv", "bias_attention", "unmerge", "filter_scan")
 
 
 def write_parts(root: Path, loaded: LoadedParts, policy: LoadedPolicy, options: Options, stages: Stages) -> Manifest:

@@ -74,7 +74,8 @@ OF_OTHER_MODELS = {"top-vim"}
 def test_every_preset_is_here() -> None:
     nodes = {name: preset.long_form()["steps"][0]["node"] for name, preset in library().items()}
     decoders = {name for name, preset in library().items() if "decoder" in preset.needs}
-    keeping = ("evict_kv", "store_kv", "sparse_attention")  # of caches, or what is read of tokens that all stay
+    # Of caches, or what is read of tokens that all stay.
+    keeping = ("evict_kv", "store_kv", "sparse_attention", "bias_attention")
     encoders = {name for name, node in nodes.items() if node not in keeping} - decoders
     assert set(NOTHING) | DECIDED_BY_THE_INPUT | NOT_ONLY_REMOVING | OF_OTHER_MODELS == encoders
 

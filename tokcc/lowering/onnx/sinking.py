@@ -17,6 +17,8 @@ __all__ = ["sink"]
 def sink(choices: Sequence[ir.Node]) -> None:
     """Move into each branch of some If nodes what nothing outside of it reads.
 
+    What nothing reads at all goes: it would keep what it reads where it is.
+
     Args:
         choices: Nodes of sorted graphs, which are changed in place.
     """
@@ -34,7 +36,10 @@ def _sink(graph: ir.Graph, choices: Sequence[ir.Node]) -> None:
         if any(out.is_graph_output() for out in node.outputs):
             continue
         homes = [_home(use.node, graph, owners) for out in node.outputs for use in out.uses()]
-        home = homes[0] if homes else None
+        if not homes:
+            graph.remove(node, safe=True)
+            continue
+        home = homes[0]
         if home is None or id(home) not in branches or any(other is not home for other in homes):
             continue
         graph.remove(node)

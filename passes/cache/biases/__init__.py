@@ -1,0 +1,1 @@
+"""Pieces of biased attention: what is added to its logits."""
