@@ -22,6 +22,7 @@ def block_sparse_attention(
     scale: float,
     valid: Tensor | None = None,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attend to listed blocks of keys; the softmax is over what is listed and visible.
 
@@ -43,11 +44,12 @@ def block_sparse_attention(
         scale: Factor of the logits.
         valid: bool ``[B, L]``: keys that may be seen; None = all. It says what L is.
         softcap: ``softcap * tanh(logits / softcap)`` before the softmax; 0 = none.
+        bias: ``[B, Hkv, L]``, added to the logits behind the cap; None = none. There may be more, as of keys.
 
     Returns:
         ``[B, H, S, Dv]``.
     """
-    return reference(query, key, value, index, count, block_q, block_k, causal, scale, valid, softcap)
+    return reference(query, key, value, index, count, block_q, block_k, causal, scale, valid, softcap, bias)
 
 
 @block_sparse_attention.register_fake
@@ -63,6 +65,7 @@ def _(
     scale: float,
     valid: Tensor | None = None,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     return query.new_empty([*query.shape[:3], value.shape[3]])
 

@@ -17,6 +17,7 @@ def decomposition(
     scale: float,
     valid: Tensor | None = None,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """See :func:`tokcc.kernels.block_sparse_attention.block_sparse_attention`.
 
@@ -43,6 +44,8 @@ def decomposition(
     logits = grouped @ key[sample, head, slots].transpose(-1, -2)  # [B, h, MQ, G * bq, K * bk]
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias[sample, head, slots][:, :, :, None].to(logits.dtype)
     seen = meant[:, :, :, None]
     if causal:
         place = torch.arange(blocks * block_q, device=device).reshape(blocks, 1, block_q) + (length - rows)

@@ -16,6 +16,7 @@ def reference(
     scale: float,
     valid: Tensor | None = None,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """See :func:`tokcc.kernels.block_sparse_attention.block_sparse_attention`."""
     batch, heads, rows, _ = query.shape
@@ -38,6 +39,8 @@ def reference(
         logits = (query[:, :, start:stop] * scale) @ key[sample, own_head, slots].transpose(2, 3)  # [B, H, R, n * bk]
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
+        if bias is not None:
+            logits = logits + bias[sample, own_head, slots][:, :, None].to(logits.dtype)
         seen = meant[:, :, None]
         if causal:
             own = slot[length - rows + start : length - rows + stop]

@@ -26,6 +26,7 @@ def _attend(
     Index,
     Count,
     Valid,
+    Bias,
     Out,
     rows,
     keys,
@@ -44,6 +45,8 @@ def _attend(
     v_h,
     v_n,
     valid_b,
+    bias_b,
+    bias_h,
     scale,
     cap,
     BLOCK_Q: tl.constexpr,
@@ -57,6 +60,7 @@ def _attend(
     CAUSAL: tl.constexpr,
     HAS_VALID: tl.constexpr,
     CAPPED: tl.constexpr,
+    BIASED: tl.constexpr,
     PRECISION: tl.constexpr,
     UP: tl.constexpr,
 ):
@@ -79,6 +83,7 @@ def _attend(
     q = load(q_base + row[:, None].to(tl.int64) * q_n + d[None, :], own[:, None] & (d < D)[None, :], UP)
     k_base = K + sample.to(tl.int64) * k_b + (head // groups).to(tl.int64) * k_h
     v_base = V + sample.to(tl.int64) * v_b + (head // groups).to(tl.int64) * v_h
+    bias_base = Bias + sample.to(tl.int64) * bias_b + (head // groups).to(tl.int64) * bias_h
     of_list = (sample * lists + head * lists // heads).to(tl.int64) * row_blocks + block
     total = tl.load(Count + of_list).to(tl.int32) * parts_k
 
@@ -101,6 +106,9 @@ def _attend(
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # to the base 2
         if CAPPED:
             logits = capped(logits, cap)
+        if BIASED:
+            bias = tl.load(bias_base + key, mask=(key < keys) & (inside < BLOCK_K), other=0.0)
+            logits += bias.to(tl.float32)[None, :] * 1.4426950408889634
         logits = tl.where(seen, logits, float("-inf"))
         raised = tl.maximum(peak, tl.max(logits, 1))
         shift = exp2_shift(raised)
@@ -126,6 +134,7 @@ def launch(
     scale: float,
     valid: Tensor | None = None,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
     *,
     run: Runner = plain,
     config: Config | None = None,
@@ -144,6 +153,7 @@ def launch(
         scale: As above.
         valid: As above.
         softcap: As above.
+        bias: As above.
         run: What makes the kernel launchable.
         config: Another configuration than the table's.
     """
@@ -153,6 +163,7 @@ def launch(
     query, key, value = row_major(query), row_major(key), row_major(value)
     index, count = index.contiguous(), count.contiguous()
     mask = None if valid is None else row_major(valid)
+    added = None if bias is None else row_major(bias)
     out = torch.empty([batch, heads, rows, out_width], dtype=query.dtype, device=query.device)
     wide = max(64, pow2(max(width, out_width)))
     if config is None:
@@ -165,6 +176,7 @@ def launch(
         index,
         count,
         query if mask is None else mask,  # a pointer that is not read
+        query if added is None else added,
         out,
         rows,
         keys,
@@ -177,6 +189,7 @@ def launch(
         *key.stride()[:3],
         *value.stride()[:3],
         0 if mask is None else mask.stride(0),
+        *((0, 0) if added is None else added.stride()[:2]),
         scale / softcap if softcap else scale * _LOG2E,
         softcap * _LOG2E,
         BLOCK_Q=block_q,
@@ -188,6 +201,7 @@ def launch(
         CAUSAL=causal,
         HAS_VALID=mask is not None,
         CAPPED=softcap != 0.0,
+        BIASED=added is not None,
         PRECISION=precision(query.dtype, wide),
         UP=interpreted(),
         **config.options(),
@@ -214,11 +228,13 @@ def block_sparse_attention_triton(
     scale: float,
     valid: Tensor | None = None,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernel where Inductor can see it."""
     return launch(
-        query, key, value, index, count, block_q, block_k, causal, scale, valid, softcap, run=torch.library.wrap_triton
-    )
+        query, key, value, index, count, block_q, block_k, causal, scale, valid, softcap, bias,
+        run=torch.library.wrap_triton,
+    )  # fmt: skip
 
 
 # BQ, BK, warps, stages, in order of preference. Products of fp32 numbers are three of TF32 and need the registers.
@@ -239,9 +255,18 @@ def cases(half: str = "fp16") -> list[Case]:
 
 
 def _case(dtype: str, width: int) -> Case:
-    pointers = {"Q": dtype, "K": dtype, "V": dtype, "Index": "i32", "Count": "i32", "Valid": "i1", "Out": dtype}
+    pointers = {
+        "Q": dtype,
+        "K": dtype,
+        "V": dtype,
+        "Index": "i32",
+        "Count": "i32",
+        "Valid": "i1",
+        "Bias": dtype,
+        "Out": dtype,
+    }
     ints = ("rows", "keys", "heads", "groups", "lists", "row_blocks", "slots")
-    strides = ("q_b", "q_h", "q_n", "k_b", "k_h", "k_n", "v_b", "v_h", "v_n", "valid_b")
+    strides = ("q_b", "q_h", "q_n", "k_b", "k_h", "k_n", "v_b", "v_h", "v_n", "valid_b", "bias_b", "bias_h")
     tiles = (*_TILES[kind(dtype_of(dtype)), width], _LAST)
     return Case(
         kernel=_attend,
@@ -262,6 +287,7 @@ def _case(dtype: str, width: int) -> Case:
             "CAUSAL": True,
             "HAS_VALID": False,
             "CAPPED": False,
+            "BIASED": False,
             "PRECISION": precision(dtype_of(dtype), width),
             "UP": False,
         },

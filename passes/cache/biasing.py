@@ -88,6 +88,8 @@ def refuse_biases(plan: CachePlan) -> None:
 def _doubts(plan: CachePlan, planned: PlannedBias) -> Iterator[tuple[str, str]]:
     """Yield what speaks against a bias, and what to do about it."""
     layer, other = planned.layer, "give the steps different layers, or leave one out"
+    if layer in plan.key_biases:
+        yield "the model itself adds to the logits of its keys", "choose other layers"
     if layer in plan.sparse:
         yield f"`{plan.sparse[layer].name}` reads a part of the cache there, as it is", other
     if any(group.written_out for group in plan.groups(layer)):

@@ -52,6 +52,8 @@ class Touched:
         turns: For what is remembered of keys before their positions turned them, what turns keys
             ``[B, Hkv, N, D]`` to positions int64 ``[B, N]``; None = nobody wants it.
         places: The places of all slots in their samples, int64 ``[B, L]``; None likewise.
+        ids: The call's own tokens, int64 ``[B, S]``; None = the model takes something else.
+        bias: What the model itself adds to the logits of the call's own keys, ``[B, Hkv, S]``; None = nothing.
     """
 
     first: Any
@@ -62,6 +64,8 @@ class Touched:
     full: Any
     turns: Any = None
     places: Any = None
+    ids: Any = None
+    bias: Any = None
 
     def extremes(self, b: Builder) -> tuple[Any, Any]:
         """Return the largest and the smallest number of every key channel, ``[B, Hkv, R, D]`` each.

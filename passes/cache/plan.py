@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tokcc.analysis.cache_sites import CacheSite
+from tokcc.analysis.key_bias import KeyBias
 from tokcc.analysis.rotation import Rotation
 from tokcc.config import LoadedPolicy
 from tokcc.passes.budget import Count
@@ -19,7 +20,7 @@ from tokcc.passes.cache.storages.merged import Merged
 from tokcc.passes.inputs import EngineInput, declared_inputs
 from tokcc.passes.piece import written_out
 from tokcc.passes.prompt.plan import PlannedPrune, PromptPlan
-from tokcc.passes.sparse.plan import PlannedSparse
+from tokcc.passes.sparse.plan import MODEL, PlannedSparse
 
 __all__ = ["WEIGHT", "CachePlan", "HeadGroup", "PlannedBias", "PlannedEviction", "PlannedStorage"]
 
@@ -201,6 +202,8 @@ class CachePlan:
         prompt: Where the prompt gets shorter between layers, or None.
         sparse: What queries read, by layer; everything where nothing is said.
         biases: What is added to logits.
+        key_biases: What layers add to the logits of keys, by layer.
+        own_sparse: What of ``sparse`` the model itself does, also where a step says otherwise.
     """
 
     policy: LoadedPolicy
@@ -216,12 +219,19 @@ class CachePlan:
     prompt: PromptPlan | None = None
     sparse: Mapping[int, PlannedSparse] = field(default_factory=dict)
     biases: tuple[PlannedBias, ...] = ()
+    key_biases: Mapping[int, KeyBias] = field(default_factory=dict)
+    own_sparse: Mapping[int, PlannedSparse] = field(default_factory=dict)
 
     @property
     def changes(self) -> bool:
         """Whether caches are anything but whole, or attention is."""
-        anything = self.evictions or self.storages or self.prompt or self.sparse or self.biases
-        return bool(anything) or self.otherwise != Merged()
+        planned = self.evictions or self.storages or self.prompt or self._planned_sparse or self.biases
+        return bool(planned) or self.otherwise != Merged()
+
+    @property
+    def _planned_sparse(self) -> tuple[PlannedSparse, ...]:
+        """What steps say that queries read."""
+        return tuple(one for planned in self.sparse.values() for one in planned.each if one.step != MODEL)
 
     @property
     def fixed(self) -> bool:
@@ -249,13 +259,13 @@ class CachePlan:
     @property
     def for_prompts(self) -> bool:
         """Whether calls with several tokens read sparsely."""
-        return any(planned.new[1] > 1 for planned in self.sparse.values())
+        return any(planned.new[1] > 1 for planned in self._planned_sparse)
 
     @property
     def parts(self) -> tuple[PlannedEviction | PlannedStorage | PlannedPrune | PlannedSparse | PlannedBias, ...]:
         """Everything that is done to single layers."""
         prunes = self.prompt.prunes if self.prompt else ()
-        return (*self.evictions, *self.storages.values(), *prunes, *self.sparse.values(), *self.biases)
+        return (*self.evictions, *self.storages.values(), *prunes, *self._planned_sparse, *self.biases)
 
     @property
     def token_bytes(self) -> int:
@@ -268,14 +278,13 @@ class CachePlan:
         """How many tokens may come in before anything is done to the first: a check has to read more than these."""
         storages = (planned.storage.waits() for planned in self.storages.values())
         # With some blocks more there is something to leave out.
-        attentions = (planned.least + 4 * planned.block_k for planned in self.sparse.values())
+        attentions = (p.least + 4 * p.block_k for planned in self.sparse.values() for p in planned.each)
         return max((*storages, *attentions), default=0)
 
     def without_changes(self) -> CachePlan:
         """Return the plan that keeps everything that can still be seen, as it is."""
-        return replace(
-            self, evictions=(), storages={}, otherwise=Merged(), warnings=(), prompt=None, sparse={}, biases=()
-        )
+        return replace(self, evictions=(), storages={}, otherwise=Merged(), warnings=(), prompt=None,
+                       sparse=self.own_sparse, biases=())  # fmt: skip
 
     def of_layer(self, layer: int) -> tuple[PlannedEviction, ...]:
         """Return the evictions of a layer."""
@@ -328,7 +337,7 @@ class CachePlan:
                 everyone = {e.layer: range(self.forms[e.layer].kv_heads) for e in by_head}
                 heads = {e.layer: list(everyone[e.layer] if e.heads is None else e.heads) for e in by_head}
                 step["heads"] = {"kind": "listed", "heads": heads}
-            chosen = [*mine, *(planned for planned in self.sparse.values() if planned.step == number)]
+            chosen = [*mine, *(planned for planned in self._planned_sparse if planned.step == number)]
             for name in ("score", "select") if chosen else ():
                 piece = getattr(chosen[0], name)
                 if getattr(piece, "profile", None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import fx
 
 from tokcc.analysis.cache_masks import mask_input, sliding_windows
 from tokcc.analysis.cache_sites import CacheSite
+from tokcc.analysis.key_bias import find_key_biases
 from tokcc.analysis.rotation import Rotation, find_rotation
 from tokcc.config import LoadedPolicy, PieceSpec, Step
 from tokcc.errors import PlanError, PolicyError
@@ -30,8 +31,8 @@ from tokcc.passes.inputs import refuse_taken_names
 from tokcc.passes.piece import resolve_piece
 from tokcc.passes.prompt.planning import make_prompt_plan
 from tokcc.passes.prompt.unmerge_planning import plan_unmerge
-from tokcc.passes.sparse.plan import PlannedSparse
-from tokcc.passes.sparse.planning import plan_sparse
+from tokcc.passes.sparse.plan import MODEL, PlannedSparse
+from tokcc.passes.sparse.planning import joined, model_selection, plan_sparse
 from tokcc.passes.trained import with_weights
 
 __all__ = ["make_cache_plan"]
@@ -47,6 +48,8 @@ def make_cache_plan(policy: LoadedPolicy, program: Program, sites: tuple[CacheSi
         PolicyError: A piece or parameter is unknown.
     """
     windows = sliding_windows(program, sites)
+    key_biases = find_key_biases(program, sites)
+    own = {layer: model_selection(layer, bias) for layer, bias in key_biases.items() if bias.most}
     forms = _forms(program, sites)
     evictions: list[PlannedEviction] = []
     storages: dict[int, PlannedStorage] = {}
@@ -66,9 +69,8 @@ def make_cache_plan(policy: LoadedPolicy, program: Program, sites: tuple[CacheSi
             biases += plan_biases(policy, number, step, layers, heads, forms, biases)
             continue
         if step.node == "sparse_attention":
-            for planned in plan_sparse(policy, number, step, program, sites, windows, warnings):
-                _refuse_second(policy, number, planned, sparse)
-                sparse[planned.layer] = planned
+            for planned in plan_sparse(policy, number, step, program, sites, windows, key_biases, warnings):
+                sparse[planned.layer] = joined(policy, number, planned, sparse.get(planned.layer))
             continue
         for eviction in _plan_step(policy, number, step, program, sites, forms, windows, warnings):
             _refuse_overlap(policy, number, eviction, evictions)
@@ -93,13 +95,16 @@ def make_cache_plan(policy: LoadedPolicy, program: Program, sites: tuple[CacheSi
         warnings=tuple(dict.fromkeys(warnings)),
         last_token_outputs=tuple(last_token_outputs(policy, program, caches)),
         prompt=prompt,
-        sparse=dict(sorted(sparse.items())),
         biases=tuple(biases),
+        sparse=dict(sorted({**own, **sparse}.items())),
+        key_biases=key_biases,
+        own_sparse=own,
     )
     refuse_taken_names(program, plan.inputs)
     _refuse_shorter_prompts(plan)
     _refuse_sparse(plan)
     refuse_biases(plan)
+    _refuse_moved_biases(plan)
     return replace(plan, warnings=(*plan.warnings, *_copies(plan)))
 
 
@@ -138,8 +143,8 @@ def _refuse_shorter_prompts(plan: CachePlan) -> None:
 
 def _copies(plan: CachePlan) -> Iterator[str]:
     """Say where single tokens read little of a cache that is copied for each of them."""
-    whole = (planned for layer, planned in plan.sparse.items() if not plan.of_layer(layer))
-    names = dict.fromkeys(planned.name for planned in whole if planned.new[0] <= 1)
+    whole = (one for layer, planned in plan.sparse.items() if not plan.of_layer(layer) for one in planned.each)
+    names = dict.fromkeys(one.name for one in whole if one.step != MODEL and one.new[0] <= 1)
     if names and plan.longest is None:
         yield (
             f"`{', '.join(names)}` reads little of a cache that the layout `merged` copies for every token: attention"
@@ -147,23 +152,25 @@ def _copies(plan: CachePlan) -> Iterator[str]:
         )
 
 
-def _refuse_second(
-    policy: LoadedPolicy, number: int, planned: PlannedSparse, others: Mapping[int, PlannedSparse]
-) -> None:
-    other = others.get(planned.layer)
-    if other is not None:
-        raise PolicyError(
-            f"two steps choose what the queries of layer {planned.layer} read",
-            policy=policy.where(("steps", number)),
-            found=f"the other is {other.where}",
-            help="give the steps different layers",
+def _refuse_moved_biases(plan: CachePlan) -> None:
+    """Refuse what takes, moves or rounds entries where attention reads the values of all heads of a token together."""
+    others = [part for part in plan.parts if not isinstance(part, PlannedSparse | PlannedBias)]
+    if plan.key_biases and (others or plan.prompt is not None):
+        raise PlanError(
+            "the model makes a bias of each key from the values of all heads, and a step changes what is cached",
+            policy=others[0].where if others else None,
+            needed="a cache that holds every token as the model made it",
+            found=f"such a bias in {len(plan.key_biases)} layers",
+            help="use `sparse_attention` steps on this model, such as `dma`",
         )
 
 
 def _refuse_sparse(plan: CachePlan) -> None:
     """Refuse sparse attention where a layer's attention is written out, or is several of them."""
-    ordered = any(planned.orders for planned in plan.sparse.values())
+    ordered = any(planned.ordering is not None for planned in plan.sparse.values())
     for layer, planned in plan.sparse.items():
+        if planned.step == MODEL:
+            continue
         groups = plan.groups(layer)
         why = None
         if len(groups) > 1:
@@ -179,11 +186,15 @@ def _refuse_sparse(plan: CachePlan) -> None:
             why = f"`{planned.name}` remembers blocks of entries, and another step holds entries in a form of its own"
         elif groups[0].form.pages and not all(eviction.score.once for eviction in plan.of_layer(layer)):
             why = f"`{planned.name}` remembers blocks of entries, and another step takes some out for every token"
-        elif planned.orders and plan.of_layer(layer):
+        elif groups[0].form.pages and plan.of_layer(layer) and any(one.reads_calls for one in planned.each):
+            why = f"`{planned.name}` remembers what tokens were when they came, and another step takes some out"
+        elif planned.ordering is not None and plan.of_layer(layer):
             why = f"`{planned.name}` puts entries in an order of its own, and another step takes some out"
-        elif planned.rotations is not None and (plan.of_layer(layer) or groups[0].stage):
+        elif any(one.rotations is not None for one in planned.each) and (plan.of_layer(layer) or groups[0].stage):
             why = f"`{planned.name}` turns keys back by their places, which another step changes"
-        elif planned.select.passes_on and (plan.evictions or plan.prompt is not None or ordered):
+        elif any(one.select.passes_on for one in planned.each) and (
+            plan.evictions or plan.prompt is not None or ordered
+        ):
             why = f"`{planned.name}` reads the same entries in several layers, and another step makes them differ"
         if why is not None:
             raise PlanError(

@@ -30,7 +30,8 @@ from tokcc.passes.propagate import finish
 from tokcc.passes.sparse.attend import attend_sparsely
 from tokcc.passes.sparse.cut import BlockList, SparseCut
 from tokcc.passes.sparse.entering import in_order
-from tokcc.passes.sparse.remembering import with_new_tokens, with_what_stays
+from tokcc.passes.sparse.plan import PlannedSparse
+from tokcc.passes.sparse.remembering import Entering, with_new_tokens, with_what_stays
 
 __all__ = ["ATTEND", "RebuildCaches"]
 
@@ -228,9 +229,11 @@ class _Rebuild:
         operands = [self.nodes[name] for name in (site.query, site.new_key, site.new_value)]
         for group in self.groups[site.layer]:
             ahead = group.eviction.turn if group.eviction else None
-            sparse = group.sparse.rotations if group.sparse else None
-            for rotation in (*(group.rotations or ()), *(sparse or ()), *([ahead] if ahead else ())):
+            sparse = [r for one in self._sparse_of(group) for r in one.rotations or ()]
+            for rotation in (*(group.rotations or ()), *sparse, *([ahead] if ahead else ())):
                 operands += [rotation.source, rotation.positions, *rotation.outside]
+        if site.layer in self.plan.key_biases:
+            operands += self.plan.key_biases[site.layer].outside
         return operands
 
     def _attend(self, site: CacheSite) -> Any:
@@ -308,9 +311,10 @@ class _Rebuild:
         if held.real is not None:
             real = b.cat([held.real, b.slice(real, 1, past, None)], 1)
         entering = [new_key, new_value]
-        if group.sparse is not None and group.sparse.orders:
+        ordering = None if group.sparse is None else group.sparse.ordering
+        if ordering is not None:
             with b.inserting(f"order@{site.layer}"):
-                entering = in_order(b, group.sparse, (new_key, new_value), real, past, total)
+                entering = in_order(b, ordering, (new_key, new_value), real, past, total)
         if group.storage.in_place:
             with b.inserting(f"write@{site.layer}"):
                 buffers = group.storage.entered(b, held, entering[0], entering[1], past, new)
@@ -331,29 +335,34 @@ class _Rebuild:
         weight, bias = slot_weights(b, held, front, query)
         with b.inserting(f"bias@{site.layer}"):
             bias = biased(b, bias, group, real)
+        steps = [(one, self._before_turns(one, group, kv_heads)) for one in self._sparse_of(group)]
+        pages: dict[str, Any] = {}
+        if group.form.pages:
+            with b.inserting(f"pages@{site.layer}"):
+                own = self._bias_of(site, new_value) if site.layer in self.plan.key_biases else None
+                held_key = key if buffers is None else buffers[0]
+                call = Entering(held_key, entering[0], real, past, new, total, self.ids, own)
+                for planned, before_turns in steps:
+                    turn = before_turns["turns"][1] if before_turns else None
+                    pages |= with_new_tokens(b, planned, group.form, group.storage, tensors, call, turn)
+        added = self._key_bias(site, group, pages, value, total)
+        if added is not None:  # beside nothing else: entries stand for one token each where a model adds a bias
+            bias = added
         out = received = None
         if arranged is None and refill is None:
             op = torch.ops.tokcc.cached_attention.default
             extra = () if bias is None else (bias,)
             seen = [key, value]
-            if group.sparse is not None and group.sparse.orders:  # a text's tokens see those in front of them
+            if ordering is not None:  # a text's tokens see those in front of them
                 earlier = [prefix(b, x, 2, past) for x in buffers or before]
                 seen = [b.cat([x, y], 2) for x, y in zip(earlier, (new_key, new_value), strict=True)]
             both = b.call(op, query, *seen, real, group.window, site.scale, site.softcap, *extra)
             out, received = b.parts(both, 2)
-        pages: dict[str, Any] = {}
-        if group.sparse is not None:
-            unturned = self._before_turns(group, kv_heads)
-            if group.form.pages:
-                with b.inserting(f"pages@{site.layer}"):
-                    call = (key if buffers is None else buffers[0], entering[0], real, past, new, total)
-                    turns = unturned.get("turns")
-                    turn = None if turns is None else turns[1]
-                    pages = with_new_tokens(b, group.sparse, group.storage, tensors, call, turn)
+        for planned, before_turns in steps:
             whole = SparseCut(b, site.layer, len(self.plan.sites), query, key, value, real, past, new, total,
-                              site.scale, site.softcap, group.sparse.block_q, group.sparse.block_k,
-                              buffers, pages, lists=self.lists, **unturned)  # fmt: skip
-            out = attend_sparsely(whole, group.sparse, out)
+                              site.scale, site.softcap, planned.block_q, planned.block_k, buffers, pages,
+                              lists=self.lists, bias=added, **before_turns)  # fmt: skip
+            out = attend_sparsely(whole, planned, out)
         cut = CacheCut(
             b=b,
             layer=site.layer,
@@ -403,9 +412,10 @@ class _Rebuild:
             with b.inserting(f"{eviction.name}@{site.layer}"):
                 cut = replace(cut, **self._looking_ahead(eviction, group, kv_heads, query))
                 left = self._evict(eviction, cut, stored_key, left, group.storage.always())
-            if group.sparse is not None and pages:
+            if pages:
                 with b.inserting(f"pages@{site.layer}"):
-                    left = replace(left, pages=with_what_stays(b, group.sparse, left))
+                    stays = {k: v for one, _ in steps for k, v in with_what_stays(b, one, group.form, left).items()}
+                    left = replace(left, pages=stays)
         elif group.window and buffers is None:
             # A query sees window - 1 earlier tokens: nothing else is ever read again.
             start = b.max_sizes(b.sub_sizes(total, group.storage.always() or group.window - 1), 0)
@@ -427,9 +437,28 @@ class _Rebuild:
         weight = self.b.constant("basis", matrix.T.contiguous().to(self.b.dtype(x)))
         return self.b.call(aten.linear.default, x, weight)
 
-    def _before_turns(self, group: HeadGroup, kv_heads: int) -> dict[str, Any]:
+    @staticmethod
+    def _sparse_of(group: HeadGroup) -> tuple[PlannedSparse, ...]:
+        """Return what the calls of a layer read."""
+        return () if group.sparse is None else group.sparse.each
+
+    def _key_bias(self, site: CacheSite, group: HeadGroup, pages: dict[str, Any], value: Any, total: Any) -> Any:
+        """Return what the layer itself adds to the logits of keys, ``[B, Hkv, L]``, or None."""
+        if site.layer not in self.plan.key_biases:
+            return None
+        with self.b.inserting(f"bias@{site.layer}"):
+            for planned in self._sparse_of(group):
+                name = None if planned.score is None else planned.score.bias_state
+                if name is not None:
+                    return self.b.squeeze(prefix(self.b, pages[name], 2, total), 3)
+            return self._bias_of(site, value)
+
+    def _bias_of(self, site: CacheSite, values: Any) -> Any:
+        return self.plan.key_biases[site.layer].replay(self.b.call, self.b.size, values, self.env)
+
+    def _before_turns(self, planned: PlannedSparse, group: HeadGroup, kv_heads: int) -> dict[str, Any]:
         """Return what sparse pieces need that read queries and keys before they are turned."""
-        rotations = None if group.sparse is None else group.sparse.rotations
+        rotations = planned.rotations
         if rotations is None:
             return {}
 

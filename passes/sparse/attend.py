@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tokcc.passes.sparse.compressed import attend_among
-from tokcc.passes.sparse.cut import SparseCut
+from tokcc.passes.sparse.cut import BlockList, SparseCut
 from tokcc.passes.sparse.plan import PlannedSparse, sized
 
 __all__ = ["attend_sparsely"]
@@ -37,24 +37,13 @@ def attend_sparsely(cut: SparseCut, planned: PlannedSparse, dense: Any) -> Any:
             made = attend_among(cut, planned.select.tokens(cut, score, planned.budget))
             sizes = [cut.new, cut.total, cut.past]
             return b.call(ops.choose_by_size.default, dense, made, sizes, [*low, 0], [*high, 0])
-        chosen = cut.lists[cut.layer] = planned.select.select(asked, score, planned.budget)
-        if planned.select.reads_all(cut.layer):
-            return dense
-        key, value = asked.buffers or (asked.key, asked.value)
-        made = b.call(
-            ops.block_sparse_attention.default,
-            asked.query,
-            key,
-            value,
-            chosen.index,
-            chosen.count,
-            planned.block_q,
-            planned.block_k,
-            True,
-            cut.scale,
-            cut.real,
-            cut.softcap,
-        )
+        if planned.select.attends:
+            made = planned.select.attended(asked, score, planned.budget)
+        else:
+            chosen = cut.lists[cut.layer] = planned.select.select(asked, score, planned.budget)
+            if planned.select.reads_all(cut.layer):
+                return dense
+            made = _listed(asked, chosen, planned)
         if planned.single:  # as many as there are where this is read: one
             made = b.expand(made, [-1, -1, cut.new, -1])
         else:  # padding sees no key: what it attends to would be the mean of whatever a block is filled up with
@@ -66,3 +55,23 @@ def _in_larger(cut: SparseCut, size: int) -> SparseCut:
     """Return a call in blocks of so many times as many keys."""
     states = {name: cut.states[sized(name, size)] for name in cut.states if sized(name, size) in cut.states}
     return replace(cut, block_k=cut.block_k * size, states=states)
+
+
+def _listed(cut: SparseCut, chosen: BlockList, planned: PlannedSparse) -> Any:
+    """Attend to listed blocks."""
+    key, value = cut.buffers or (cut.key, cut.value)
+    return cut.b.call(
+        ops.block_sparse_attention.default,
+        cut.query,
+        key,
+        value,
+        chosen.index,
+        chosen.count,
+        planned.block_q,
+        planned.block_k,
+        True,
+        cut.scale,
+        cut.real,
+        cut.softcap,
+        *(() if cut.bias is None else (cut.bias,)),
+    )

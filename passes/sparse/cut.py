@@ -73,6 +73,7 @@ class SparseCut:
         single: Only the last token of the call asks.
         unturned: The queries before their positions turn them; None where no piece wants them.
         turns: What turns queries and keys ``[B, heads, N, D]`` to positions int64 ``[B, N]``; None likewise.
+        bias: What the model itself adds to the logits of keys, ``[B, Hkv, L]``; None = nothing.
     """
 
     b: Builder
@@ -96,6 +97,7 @@ class SparseCut:
     single: bool = False
     unturned: Any = None
     turns: tuple[Turn, Turn] | None = None
+    bias: Any = None
 
     def of_last(self) -> SparseCut:
         """Return what the last token of the call asks: shapes are those of a call with one token."""
@@ -129,7 +131,10 @@ class SparseCut:
         def pick(x: Any, numbers: torch.Tensor) -> Any:
             return self.b.call(aten.index_select.default, x, 1, self.b.constant("sparse_heads", numbers))
 
-        return replace(self, query=pick(self.query, asked), key=pick(self.key, read), value=pick(self.value, read))
+        bias = None if self.bias is None else pick(self.bias, read)
+        return replace(
+            self, query=pick(self.query, asked), key=pick(self.key, read), value=pick(self.value, read), bias=bias
+        )
 
     @cached_property
     def slots(self) -> Any:
@@ -304,7 +309,10 @@ class SparseCut:
         return b.cast(b.call(aten.flatten.using_ints, made, 1, 2), torch.float32)
 
     def shared(self, table: Any, share: Share) -> Any:
-        """Return a table ``[B, H, ...]`` for those who share a list: ``[B, Hs, ...]``."""
+        """Return a table ``[B, H, ...]`` for those who share a list: ``[B, Hs, ...]``.
+
+        One by key head ``[B, Hkv, ...]`` is what the heads of a group share already.
+        """
         b = self.b
         if share == "each" or int(b.shape(table)[1]) == 1:
             return table

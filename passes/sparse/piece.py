@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tokcc.ir.builder import Builder
 from tokcc.passes.budget import Count
@@ -19,7 +19,16 @@ __all__ = ["OtherSparseScore", "OtherSparseSelector", "SparseScore", "SparseSele
 
 
 class _SparsePiece(Piece):
-    """What both have."""
+    """What both have.
+
+    What a piece would have to compute of every block in every call it may remember: a row of numbers for each, which
+    travels with the cache and of which a call makes those anew in whose blocks its tokens lie.
+    """
+
+    wants_ids: ClassVar[bool] = False
+    """True when it reads which tokens a call brings."""
+    wants_bias: ClassVar[bool] = False
+    """True when it reads what the model itself adds to the logits of keys."""
 
     def check(self, block_q: int, block_k: int) -> None:
         """Refuse blocks that cannot be rated.
@@ -34,17 +43,6 @@ class _SparsePiece(Piece):
         Raises:
             ValueError: Says what is needed.
         """
-
-
-class SparseScore(_SparsePiece):
-    """Rates key blocks for rows of queries.
-
-    What it would have to compute of every block in every call it may remember: a row of numbers for each, which travels
-    with the cache and of which a call makes those anew in whose blocks its tokens lie.
-    """
-
-    unturned: ClassVar[bool] = False
-    """True when it reads queries and keys as they are before their positions turn them."""
 
     def states(self, kv_heads: int, width: int, dtype: torch.dtype, block: int) -> tuple[PageState, ...]:
         """Return what it remembers of a layer.
@@ -67,6 +65,18 @@ class SparseScore(_SparsePiece):
             pages: The blocks.
         """
         raise NotImplementedError
+
+
+class SparseScore(_SparsePiece):
+    """Rates key blocks for rows of queries."""
+
+    unturned: ClassVar[bool] = False
+    """True when it reads queries and keys as they are before their positions turn them."""
+
+    @property
+    def bias_state(self) -> str | None:
+        """The state that holds the model's own bias of keys, which then needs not be computed anew; None = none."""
+        return None
 
     @property
     def orders(self) -> bool:
@@ -96,7 +106,8 @@ class SparseSelector(_SparsePiece):
         share: Who has a list of its own: ``each`` query head, the key head of a group (``group_max``, ``group_mean`` of
             their ratings), or the whole layer (``all_mean``).
         sinks: First blocks of a sample that are always read.
-        local: Blocks in front of a row's own that are always read; its own always are.
+        local: Blocks in front of a row's own that are always read.
+        own: Whether a row's own blocks are always read, too. Of several queries some would see nothing otherwise.
     """
 
     wants_score: ClassVar[bool] = True
@@ -106,12 +117,30 @@ class SparseSelector(_SparsePiece):
     """True when it reads as much as the budget allows, whatever the ratings."""
     compresses: ClassVar[bool] = False
     """True when it chooses tokens that take part in the attention, and no blocks that queries read."""
+    attends: ClassVar[bool] = False
+    """True when it writes the attention out itself, because its weights are no softmax over what is read."""
     passes_on: ClassVar[bool] = False
     """Layers read what was chosen in another one: entry by entry their caches are the same."""
 
     share: Share = "each"
     sinks: int = Field(default=0, ge=0)
     local: int = Field(default=0, ge=0)
+    own: bool = True
+
+    @model_validator(mode="after")
+    def _own_and_local(self) -> Self:
+        if self.local and not self.own:
+            raise ValueError("`local` blocks lie in front of a row's own, which are not read with `own: false`")
+        return self
+
+    def check_rows(self, block_q: int) -> None:
+        """Refuse rows of queries of which some might see nothing.
+
+        Raises:
+            ValueError: Says what is needed.
+        """
+        if not self.own and block_q != 1:
+            raise ValueError(f"single queries for `own: false`, not blocks of {block_q}")
 
     @property
     def larger(self) -> tuple[int, ...]:
@@ -145,16 +174,24 @@ class SparseSelector(_SparsePiece):
     def over(self, cut: SparseCut, rating: Any) -> Any:
         """Return ratings ``[B, Hs, MQ, M]`` over which wins what must be read; the rest of what is not seen loses."""
         b = cut.b
+        if not self.own and not self.sinks:
+            return b.where(cut.visible, rating, HIDDEN)
         place = b.cast(b.add(b.arange(cut.blocks, cut.key), 1), torch.float32)  # [M]
         must = b.mul(place, FORCED)
         return b.where(self.forced(cut), must, b.where(cut.visible, rating, HIDDEN))
 
     def forced(self, cut: SparseCut) -> Any:
         """Return bool ``[B or 1, 1, MQ, M]``: what is read in any case."""
-        return cut.edges(self.sinks, self.local)
+        if self.own:
+            return cut.edges(self.sinks, self.local)
+        return cut.b.logical_and(cut.sinks(self.sinks), cut.visible)
 
     def tokens(self, cut: SparseCut, score: Any, budget: Count) -> TokenSets:
         """Return what takes part, where that is what the selector chooses; arguments as for :meth:`select`."""
+        raise NotImplementedError
+
+    def attended(self, cut: SparseCut, score: Any, budget: Count) -> Any:
+        """Return what the queries attend to, ``[B, H, S, Dv]``, where the selector does that; arguments as above."""
         raise NotImplementedError
 
     def select(self, cut: SparseCut, score: Any, budget: Count) -> BlockList:

@@ -11,7 +11,10 @@ from tokcc.passes.budget import Count
 from tokcc.passes.cache.pages import PageState
 from tokcc.passes.sparse.piece import SparseScore, SparseSelector
 
-__all__ = ["PlannedSparse", "sized"]
+__all__ = ["MODEL", "PlannedSparse", "sized"]
+
+MODEL = -1
+"""The step of what no policy says: the model itself chooses so."""
 
 _ANY = 2**62
 
@@ -33,6 +36,7 @@ class PlannedSparse:
         score: Rates them; None where the selector wants no rating.
         select: Chooses them.
         rotations: How queries and keys are turned, where the score wants to know.
+        then: What other calls of the layer do, of another number of tokens; None = they attend to everything.
     """
 
     step: int
@@ -47,6 +51,21 @@ class PlannedSparse:
     score: SparseScore | None
     select: SparseSelector
     rotations: tuple[Rotation, Rotation] | None = None
+    then: PlannedSparse | None = None
+
+    @property
+    def each(self) -> tuple[PlannedSparse, ...]:
+        """What the calls of the layer do, this and the other one."""
+        return (self,) if self.then is None else (self, *self.then.each)
+
+    @property
+    def pieces(self) -> tuple[SparseScore | SparseSelector, ...]:
+        """What works in these calls."""
+        return (self.select,) if self.score is None else (self.score, self.select)
+
+    def beside(self, other: PlannedSparse) -> bool:
+        """Whether no call is one for both."""
+        return all(one.new[1] < other.new[0] or other.new[1] < one.new[0] for one in self.each)
 
     @property
     def bounds(self) -> tuple[list[int], list[int]]:
@@ -59,22 +78,30 @@ class PlannedSparse:
         return self.new[1] == 1
 
     @property
-    def orders(self) -> bool:
-        """Whether tokens of a text enter the cache in another order."""
-        return self.score is not None and self.score.orders
+    def ordering(self) -> PlannedSparse | None:
+        """What lets the tokens of a text enter the cache in another order; None = nothing."""
+        return next((one for one in self.each if one.score is not None and one.score.orders), None)
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Blocks that are rated: how many of the step's are in one."""
-        return () if self.score is None else (1, *self.select.larger)
+    def remembering(self) -> tuple[tuple[SparseScore | SparseSelector, int], ...]:
+        """What may remember something of blocks in these calls, and how many of the step's blocks are one to it."""
+        sizes = (1, *self.select.larger)
+        return tuple((piece, size) for piece in self.pieces for size in (sizes if piece is self.score else (1,)))
+
+    @property
+    def reads_calls(self) -> bool:
+        """Whether something is made of what only the call knows in which a token comes."""
+        return any(piece.wants_ids or piece.wants_bias for piece in self.pieces)
 
     def states(self, kv_heads: int, width: int, dtype: torch.dtype) -> tuple[PageState, ...]:
-        """Return what its score remembers of blocks of a layer with such keys, of every size."""
-        return tuple(
+        """Return what the pieces remember of blocks of a layer with such keys, of every size."""
+        made = (
             replace(state, name=sized(state.name, size))
-            for size in self.sizes
-            for state in (() if self.score is None else self.score.states(kv_heads, width, dtype, self.block_k * size))
+            for one in self.each
+            for piece, size in one.remembering
+            for state in piece.states(kv_heads, width, dtype, one.block_k * size)
         )
+        return tuple(dict.fromkeys(made))
 
 
 def sized(name: str, size: int) -> str:

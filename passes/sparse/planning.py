@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 
+import torch
+
 from tokcc.analysis.cache_sites import CacheSite
+from tokcc.analysis.key_bias import KeyBias
 from tokcc.config import Blocks, LoadedPolicy, PieceSpec, Step
 from tokcc.errors import PlanError, PolicyError
 from tokcc.ir.program import Program
 from tokcc.passes.budget import Count, planned_counts, refuse_budget
+from tokcc.passes.cache.beside import TOKENS
 from tokcc.passes.cache.storing import key_rotations
 from tokcc.passes.chosen_layers import chosen_layers
 from tokcc.passes.piece import parts_of, resolve_piece
 from tokcc.passes.sparse.piece import SparseScore, SparseSelector
-from tokcc.passes.sparse.plan import PlannedSparse
+from tokcc.passes.sparse.plan import MODEL, PlannedSparse
+from tokcc.passes.sparse.scores.key_bias import KeyBiasScore
+from tokcc.passes.sparse.selectors.best_blocks import BestBlocks
 from tokcc.passes.trained import with_weights
 
-__all__ = ["plan_sparse"]
+__all__ = ["joined", "model_selection", "plan_sparse"]
 
 _CALLS = {"prefill": (2, 2**62), "decode": (0, 1), "both": (0, 2**62)}
 
@@ -30,6 +37,7 @@ def plan_sparse(
     program: Program,
     sites: Sequence[CacheSite],
     windows: Sequence[int],
+    biases: Mapping[int, KeyBias],
     warnings: list[str],
 ) -> Iterator[PlannedSparse]:
     """Resolve one step.
@@ -41,6 +49,7 @@ def plan_sparse(
         program: The decoder.
         sites: Its layers.
         windows: Sliding window of each layer, 0 = none.
+        biases: What layers add to the logits of keys, by layer.
         warnings: What the report must say; added to.
 
     Raises:
@@ -82,6 +91,12 @@ def plan_sparse(
                 help="change `blocks: {query: ..., key: ...}`, or the parameter",
             ):
                 piece.check(blocks.query, blocks.key * size)
+    with _refused(
+        f"the selector `{select.kind}` cannot work with these blocks",
+        place("select"),
+        help="change `blocks: {query: ..., key: ...}`, or the parameter",
+    ):
+        select.check_rows(blocks.query)
     if score is not None and score.orders and new[1] > 1:
         raise PlanError(
             f"the score `{score.kind}` puts the tokens of a text in another order, which is for single tokens",
@@ -97,6 +112,8 @@ def plan_sparse(
         help="change `at: {layers: ...}`, or its parameters",
     ):
         select.check_layers(layers)
+    _check_biases(step, place("score"), score, select, layers, biases, warnings)
+    _check_ids(step, place("select"), score, select, program)
     counts = planned_counts(policy, number, step, layers, len(windows))
     if not select.budgeted:
         refuse_budget(policy, number, select.kind, counts)
@@ -154,6 +171,96 @@ def _refused(what: str, place: str, *, help: str, found: str | None = None) -> I
         yield
     except ValueError as error:
         raise PlanError(what, policy=place, needed=str(error), found=found, help=help) from error
+
+
+def _check_biases(
+    step: Step,
+    where: str,
+    score: SparseScore | None,
+    select: SparseSelector,
+    layers: Sequence[int],
+    biases: Mapping[int, KeyBias],
+    warnings: list[str],
+) -> None:
+    """Refuse what does not go with what a model adds to the logits of keys, or with nothing added."""
+    wants = any(getattr(piece, "wants_bias", False) for piece in parts_of(score, select))
+    without = [layer for layer in layers if layer not in biases]
+    if wants and without:
+        raise PlanError(
+            f"`{step.name}` chooses keys by what the model adds to their logits, and layer {without[0]} adds nothing",
+            policy=where,
+            needed="a model trained with a bias of each key made from the values (Doge)",
+            help="use a method that needs no training: `tokcc presets` lists them",
+        )
+    biased = [layer for layer in layers if layer in biases]
+    if (select.compresses or select.attends) and biased:
+        raise PlanError(
+            f"layer {biased[0]} adds a bias to the logits of keys, and `{step.name}` writes its attention out without",
+            policy=where,
+            help="use `dma`, which is what the model was trained with",
+        )
+    if not wants and any(biases[layer].most for layer in biased):
+        warnings.append(
+            f"`{step.name}` takes the place of the keys that the model chooses itself by its bias in layers"
+            f" {', '.join(map(str, biased))}; `dma` chooses as it was trained to"
+        )
+
+
+def _check_ids(step: Step, where: str, score: SparseScore | None, select: SparseSelector, program: Program) -> None:
+    """Refuse pieces that read which tokens a call brings where the model is given something else."""
+    names = [program.public_name(node) for node in program.user_inputs]
+    if TOKENS not in names and any(getattr(piece, "wants_ids", False) for piece in parts_of(score, select)):
+        raise PlanError(
+            f"`{step.name}` reads which tokens a call brings, and the model is given none",
+            policy=where,
+            needed=f"a decoder with an input `{TOKENS}`",
+            found=", ".join(names),
+            help="compile the decoder with its token embedding",
+        )
+
+
+def model_selection(layer: int, bias: KeyBias) -> PlannedSparse:
+    """Return what a layer does that sees no more than the keys with the largest bias, as the model itself does it."""
+
+    def planned(new: tuple[int, int], then: PlannedSparse | None) -> PlannedSparse:
+        return PlannedSparse(
+            step=MODEL,
+            layer=layer,
+            name="largest_bias",
+            where="the model itself",
+            new=new,
+            least=bias.most + 1,
+            block_q=1,
+            block_k=1,
+            budget=Count("tokens", Fraction(bias.most)),
+            score=KeyBiasScore(remember=False),
+            select=BestBlocks(own=False),
+            then=then,
+        )
+
+    return planned(_CALLS["decode"], planned(_CALLS["prefill"], None))
+
+
+def joined(policy: LoadedPolicy, number: int, planned: PlannedSparse, other: PlannedSparse | None) -> PlannedSparse:
+    """Return what a layer does with what an earlier step says: both, where they are for different calls."""
+    if other is None:
+        return planned
+    whole = replace(planned, then=other)
+    sizes = [(state.name, state) for one in whole.each for state in one.states(1, 1, torch.float32)]
+    if not other.beside(planned):
+        why = "both for the same calls"
+    elif len({name for name, _ in sizes}) < len({state for _, state in sizes}):
+        why = "and remember different things under one name"
+    elif any(one.select.passes_on for one in whole.each):
+        why = "and one of them reads what was chosen in another layer"
+    else:
+        return whole
+    raise PolicyError(
+        f"two steps choose what the queries of layer {planned.layer} read, {why}",
+        policy=policy.where(("steps", number)),
+        found=f"the other is {other.where}",
+        help="give the steps different layers, or different stages",
+    )
 
 
 def _in_blocks(count: Count, block: int) -> Count:

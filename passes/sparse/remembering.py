@@ -2,60 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from tokcc.ir.builder import Builder
-from tokcc.passes.cache.pages import Touched, all_pages, touched_pages
+from tokcc.passes.cache.pages import PageState, Touched, all_pages, touched_pages
 from tokcc.passes.cache.runs import run_from, run_of
-from tokcc.passes.cache.storage import CacheStorage, Left
+from tokcc.passes.cache.storage import CacheForm, CacheStorage, Left
 from tokcc.passes.cache.visible import slot_rank
+from tokcc.passes.sparse.piece import SparseScore, SparseSelector
 from tokcc.passes.sparse.plan import PlannedSparse, sized
 from tokcc.passes.sparse.turning import Turn
 
-__all__ = ["with_new_tokens", "with_what_stays"]
+__all__ = ["Entering", "with_new_tokens", "with_what_stays"]
+
+
+@dataclass(frozen=True)
+class Entering:
+    """The tokens of a call, as they come into a cache.
+
+    Attributes:
+        key: All keys ``[B, Hkv, N, D]``, N at least L.
+        new_key: Those of the call ``[B, Hkv, S, D]``.
+        real: bool ``[B, L]``: slots that are not padding.
+        past: P.
+        new: S.
+        total: L.
+        ids: The call's own tokens, int64 ``[B, S]``; None = the model takes something else.
+        bias: What the model itself adds to the logits of the call's own keys, ``[B, Hkv, S]``; None = nothing.
+    """
+
+    key: Any
+    new_key: Any
+    real: Any
+    past: Any
+    new: Any
+    total: Any
+    ids: Any = None
+    bias: Any = None
+
+    def pages(self, b: Builder, every: int, turn: Turn | None) -> Touched:
+        """Return the pages in which they lie.
+
+        Args:
+            b: The builder.
+            every: Tokens of a page.
+            turn: What turns keys, where somebody reads them as they were before; None = nobody.
+        """
+        found = touched_pages(b, every, self.key, self.new_key, self.real, self.past, self.new, self.total)
+        found = replace(found, ids=self.ids, bias=self.bias)
+        if turn is None:
+            return found
+        places = b.call(torch.ops.aten.clamp_min.default, slot_rank(b, self.real), 0)
+        return replace(found, turns=turn, places=places)
 
 
 def with_new_tokens(
     b: Builder,
     planned: PlannedSparse,
+    form: CacheForm,
     storage: CacheStorage,
     held: Mapping[str, Any],
-    call: tuple[Any, Any, Any, Any, Any, Any],
+    entering: Entering,
     turn: Turn | None = None,
 ) -> dict[str, Any]:
-    """Return what is remembered when the tokens of a call have come in.
+    """Return what one step remembers when the tokens of a call have come in.
 
     Args:
         b: The builder.
-        planned: The sparse attention.
-        storage: How the cache is held.
+        planned: The step.
+        form: What the cache holds.
+        storage: How it is held.
         held: What was remembered, by name.
-        call: Keys, those of the call, real slots, P, S and L, as for :func:`touched_pages`.
+        entering: The tokens.
         turn: What turns keys, where the score reads them as they were before.
     """
     made = {}
-    for size in planned.sizes:
-        pages = touched_pages(b, planned.block_k * size, *call)
-        if turn is not None:
-            places = b.call(torch.ops.aten.clamp_min.default, slot_rank(b, call[2]), 0)
-            pages = replace(pages, turns=turn, places=places)
-        for name, fresh in _rows(b, planned, size, pages).items():
+    for piece, size, states in _remembering(planned, form):
+        pages = entering.pages(b, states[0].every, turn)
+        for name, fresh in _rows(b, planned, piece, size, pages).items():
             made[name] = storage.paged_rows(b, held[name], pages, fresh)
     return made
 
 
-def with_what_stays(b: Builder, planned: PlannedSparse, left: Left) -> dict[str, Any]:
-    """Return what is remembered when a call with several tokens has moved entries: every block is summed up anew.
+def with_what_stays(b: Builder, planned: PlannedSparse, form: CacheForm, left: Left) -> dict[str, Any]:
+    """Return what one step remembers when a call with several tokens has moved entries: all blocks are summed up anew.
 
     For calls with one token nothing moves, and what they brought is there already.
 
     Args:
         b: The builder.
-        planned: The sparse attention.
+        planned: The step.
+        form: What the cache holds.
         left: What stays after the call, and what is remembered with its tokens.
     """
     assert left.cut is not None
@@ -63,16 +104,26 @@ def with_what_stays(b: Builder, planned: PlannedSparse, left: Left) -> dict[str,
     # Padding goes first: what is left of it is what the last slots had.
     real = run_from(b, left.real, 1, b.sub_sizes(left.cut.total, stays), stays)
     made = {}
-    for size in planned.sizes:
-        pages = all_pages(b, planned.block_k * size, left.key, real)
-        for name, fresh in _rows(b, planned, size, pages).items():
+    for piece, size, states in _remembering(planned, form):
+        pages = all_pages(b, states[0].every, left.key, real)
+        for name, fresh in _rows(b, planned, piece, size, pages).items():
             appended = run_of(b, left.pages[name], 2, 0, pages.count)
             made[name] = b.call(torch.ops.tokcc.choose_by_size.default, fresh, appended, [left.new], [0], [1])
     return made
 
 
-def _rows(b: Builder, planned: PlannedSparse, size: int, pages: Touched) -> dict[str, Any]:
+def _remembering(
+    planned: PlannedSparse, form: CacheForm
+) -> Iterator[tuple[SparseScore | SparseSelector, int, tuple[PageState, ...]]]:
+    """Yield the pieces of a step that remember something, the size of their blocks in the step's, and what it is."""
+    for piece, size in planned.remembering:
+        states = piece.states(form.kv_heads, form.key_width, form.dtype, planned.block_k * size)
+        if states:
+            yield piece, size, states
+
+
+def _rows(
+    b: Builder, planned: PlannedSparse, piece: SparseScore | SparseSelector, size: int, pages: Touched
+) -> dict[str, Any]:
     """Return the rows of blocks of one size, by the names under which they travel."""
-    assert planned.score is not None
-    rows = planned.score.remembered(b, planned.layer, pages)
-    return {sized(name, size): row for name, row in rows.items()}
+    return {sized(name, size): row for name, row in piece.remembered(b, planned.layer, pages).items()}

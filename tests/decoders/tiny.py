@@ -61,6 +61,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt-neox": ("GPTNeoXConfig", _BASE),
+    # Keys by a bias made from the values (Dynamic Mask Attention).
+    "doge": ("DogeConfig", {**_GROUPED, "keep_window_size": 12}),
+    "doge-mqa": ("DogeConfig", {**_BASE, "num_key_value_heads": 1, "keep_window_size": 12}),
     "falcon": ("FalconConfig", {**_BASE, "multi_query": True, "new_decoder_architecture": False, "alibi": False}),
 }
 
@@ -84,6 +87,9 @@ def random_model(config: Any, attention: str) -> nn.Module:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4.0)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".A"):  # zero before training: no key would be better than another
+                parameter.normal_()
     return model.eval()
 
 

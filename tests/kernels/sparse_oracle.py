@@ -22,6 +22,7 @@ class Lists:
     scale: float
     valid: Tensor | None
     softcap: float
+    bias: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Lists:
         return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), value=self.value.to(dtype))
@@ -46,6 +47,7 @@ def lists(
     padded: int = 0,
     transposed: bool = False,
     softcap: float = 0.0,
+    biased: bool = False,
 ) -> Lists:
     """Random tensors and lists that leave out some blocks; counts differ, padding repeats the last id.
 
@@ -89,6 +91,7 @@ def lists(
         width**-0.5,
         valid,
         softcap,
+        torch.randn(batch, kv_heads, keys, generator=g) if biased else None,
     )
 
 
@@ -114,6 +117,8 @@ def brute_force(a: Lists) -> Tensor:
                 if seen:
                     logits = k[b, own, seen] @ q[b, h, i] * a.scale
                     logits = a.softcap * torch.tanh(logits / a.softcap) if a.softcap else logits
+                    if a.bias is not None:
+                        logits = logits + a.bias[b, own, seen].double()
                     weights = torch.softmax(logits, 0)
                     out[b, h, i] = weights @ v[b, own, seen]
     return out

@@ -18,6 +18,8 @@ SHAPES: list[dict[str, Any]] = [
     {"rows": 33, "keys": 70, "heads": 4, "kv_heads": 4, "of_lists": 1, "out_width": 5},
     {"rows": 40, "keys": 70, "causal": False, "heads": 4, "kv_heads": 2, "of_lists": 2},
     {"rows": 40, "keys": 70, "softcap": 0.7, "block_k": 40},
+    {"rows": 40, "keys": 70, "heads": 4, "kv_heads": 2, "of_lists": 4, "batch": 2, "softcap": 0.7, "biased": True},
+    {"rows": 1, "keys": 70, "heads": 4, "kv_heads": 2, "of_lists": 2, "block_q": 1, "block_k": 1, "biased": True},
 ]
 
 
@@ -50,7 +52,7 @@ def test_keys_that_are_not_there_yet() -> None:
 
 def test_one_query_is_the_decode_of_its_list() -> None:
     args = lists(rows=1, keys=163, block_q=1, block_k=16, heads=4, kv_heads=2, of_lists=2, padded=20, batch=2)
-    q, k, v, index, count, _, page, _, scale, valid, _ = args.call()
+    q, k, v, index, count, _, page, _, scale, valid, *_ = args.call()
     for form in (sparse_decode, DECOMPOSITIONS["sparse_decode"]):
         found = form(q, k, v, index[:, :, 0], count[:, :, 0], page, scale, valid)
         torch.testing.assert_close(found.double(), brute_force(args), rtol=2e-6, atol=2e-6)
@@ -60,5 +62,5 @@ def test_opcheck() -> None:
     args = lists(rows=40, keys=70, block_q=32, block_k=32, heads=4, kv_heads=2)
     torch.library.opcheck(block_sparse_attention, args.call())
     one = lists(rows=1, keys=70, block_q=1, block_k=8, heads=4, kv_heads=2)
-    q, k, v, index, count, _, page, _, scale, valid, _ = one.call()
+    q, k, v, index, count, _, page, _, scale, valid, *_ = one.call()
     torch.library.opcheck(sparse_decode, (q, k, v, index[:, :, 0], count[:, :, 0], page, scale, valid))

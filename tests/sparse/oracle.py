@@ -68,7 +68,10 @@ class Look:
 
 
 Rule = Callable[[Look], Tensor | None]
-"""Returns what each query reads, bool ``[H or 1, S, L]``, or None for everything. What it may not see is left out."""
+"""Returns what each query reads, bool ``[H or 1, S, L]``, or None for everything. What it may not see is left out.
+
+Numbers ``[H, S, L]`` are the weights themselves, where they are no softmax over what is read.
+"""
 
 
 def causal(new: int, total: int) -> Tensor:
@@ -106,12 +109,14 @@ class _Attention:
             logits = softcap * torch.tanh(logits / softcap)
         seen = causal(look.new, look.total)[None]
         read = self.rule(look)
+        values = look.value.repeat_interleave(look.query.shape[0] // look.key.shape[0], 0)
+        if read is not None and read.is_floating_point():
+            return (read.to(values.dtype) @ values).transpose(0, 1)[None], None
         if read is not None:
             seen = seen & read
             assert self.zeros or bool(seen.any(-1).all()), "a query reads nothing"
         probs = torch.softmax(logits.masked_fill(~seen, -torch.inf).float(), -1).to(value.dtype)
         probs = probs.masked_fill(~seen.any(-1, keepdim=True), 0.0)
-        values = look.value.repeat_interleave(look.query.shape[0] // look.key.shape[0], 0)
         return (probs @ values).transpose(0, 1)[None], probs[None]  # [1, S, H, Dv], [1, H, S, L]
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.decoders.engine import build
 from tests.sparse.engine import assert_equals_rule
 from tests.sparse.oracle import Look, blocks_to_tokens
 from tokcc.config import Blocks, load_policy
-from tokcc.errors import PolicyError
+from tokcc.errors import PlanError, PolicyError
 from tokcc.passes.methods import library
 
 BLOCK = 4
@@ -115,6 +116,30 @@ def test_one_stage(stage: str, tmp_path: Path) -> None:
         return sparse(look) if (look.new > 1) == (stage == "prefill") and look.layer != 1 else None
 
     assert_equals_rule("llama", wanted, rule, tmp_path)
+
+
+def test_two_steps_for_different_calls(tmp_path: Path) -> None:
+    """Prompts and single tokens of one layer read by a step of their own each."""
+    (prompts,) = long_form(at={"stage": "prefill", "length": 0})["steps"]
+    (single,) = long_form(at={"stage": "decode", "length": 0}, budget={"tokens": 8}, blocks={"key": 2})["steps"]
+    many, few = pooled_rule(3), pooled_rule(4, block_q=1, block_k=2)
+    wanted = {"version": 1, "name": "both", "steps": [prompts, single]}
+    engine = assert_equals_rule("llama", wanted, lambda look: (many if look.new > 1 else few)(look), tmp_path)
+    assert {planned.step for planned in engine.plan.parts} == {0, 1}
+
+
+def test_two_steps_for_the_same_calls_are_refused(tmp_path: Path) -> None:
+    (prompts,) = long_form(at={"stage": "prefill"})["steps"]
+    wanted = {"version": 1, "name": "both", "steps": [prompts, *long_form()["steps"]]}
+    with pytest.raises(PolicyError, match="both for the same calls"):
+        build("llama", wanted, tmp_path)
+
+
+def test_own_blocks_may_be_left_out_for_single_queries_only(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="cannot work with these blocks"):
+        build("llama", long_form(select={"kind": "best", "own": False}), tmp_path)
+    with pytest.raises(PolicyError, match="in front of a row's own"):
+        build("llama", long_form(select={"kind": "best", "own": False, "local": 1}), tmp_path)
 
 
 def test_blocks_beside_a_preset_keep_what_they_do_not_mention() -> None:

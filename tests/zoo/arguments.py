@@ -101,6 +101,8 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "tova": _CACHE,
     "zipcache": {"every": 10},
     # Sparse attention: the same calls, whose blocks would be as long as they are.
+    "dma": {"tokens": 7, "rows": 2, "length": 0},
+    "landmark": {"token": 5, "block": 4, "tokens": 4},
     "dhsa": {"block": 4, "chunk": 2, "keep": 0.5, "sinks": 0, "local": 0, "length": 0},
     "flex-prefill": {"block": 2, "mass": 0.4, "divergence": 0.2, "least": 2, "length": 0},
     "hip": {"block": 2, "found": 2, "sinks": 0, "local": 0, "longest": 64, "length": 0},

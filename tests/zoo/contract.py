@@ -57,9 +57,11 @@ ENCODERS = tuple(name for name, entry in ZOO.items() if name not in SAME and ent
 """Of the zoo; timm's models are ViT and DeiT again, and need a library of their own."""
 DECODERS = ("llama", "gpt2", "falcon")
 """Grouped heads and rotary positions; learned positions and single heads; one key head, attention beside the MLP."""
+TRAINED = {"dma": ("doge",)}
+"""Decoders that were trained with a method, beside those that every method meets."""
 STATE_SPACE = ("mamba",)
 """Decoders without attention."""
-MODELS = (*ENCODERS, *DECODERS, *STATE_SPACE)
+MODELS = (*ENCODERS, *DECODERS, *(name for names in TRAINED.values() for name in names), *STATE_SPACE)
 
 
 def cases(presets: Sequence[str] | None = None) -> list[Case]:
@@ -69,7 +71,7 @@ def cases(presets: Sequence[str] | None = None) -> list[Case]:
         if presets is not None and name not in presets:
             continue
         if kind_of(preset) != "encoder":
-            families = STATE_SPACE if kind_of(preset) == "scan" else DECODERS
+            families = STATE_SPACE if kind_of(preset) == "scan" else (*DECODERS, *TRAINED.get(name, ()))
             found += [Case(name, family) for family in families]
             continue
         found += [Case(name, model) for model in ENCODERS]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from tokcc.analysis.cache_sites import CacheSite
+from tokcc.analysis.key_bias import KeyBias, find_key_bias
 from tokcc.errors import PlanError
 from tokcc.ir.program import Program
 from tokcc.ir.reach import made_of
@@ -36,7 +37,8 @@ def sliding_windows(program: Program, sites: Sequence[CacheSite]) -> tuple[int, 
     """Return how many slots each layer's queries see at most, their own included; 0 = all.
 
     Raises:
-        PlanError: When a mask is anything else than causal, windowed and padded.
+        PlanError: When a mask is anything else than causal, windowed and padded, or else causal and padded with a bias
+            of each key and the keys chosen by it.
     """
     nodes = {node.name: node for node in program.graph.nodes}
     padding = mask_input(program, sites)
@@ -50,7 +52,12 @@ def sliding_windows(program: Program, sites: Sequence[CacheSite]) -> tuple[int, 
                 help="export the model with a past of at least 2 and at least 2 new tokens",
             )
         if site.mask not in found:
-            found[site.mask] = _window(program, site, nodes[site.mask], padding)
+            bias = find_key_bias(program, site)
+            if bias is None:
+                found[site.mask] = _window(program, site, nodes[site.mask], padding)
+            else:
+                _check_biased(program, site, nodes[site.mask], padding, bias)
+                found[site.mask] = 0
     return tuple(found[site.mask] for site in sites if site.mask is not None)
 
 
@@ -77,12 +84,62 @@ def _window(program: Program, site: CacheSite, mask: fx.Node, padding: str | Non
     return window
 
 
+def _check_biased(program: Program, site: CacheSite, mask: fx.Node, padding: str | None, bias: KeyBias) -> None:
+    """Refuse a mask that is not a causal one with a bias of each key, of which the largest are seen."""
+    generator = torch.Generator().manual_seed(0)
+    heads, width = (int(bias.values.meta["val"].shape[axis]) for axis in (1, 3))
+    longer = ((2, 5, bias.most + 3),) if bias.most else ()
+    for batch, new, past in (*_TRIALS, *longer):
+        real = torch.ones(batch, past + new, dtype=torch.bool)
+        if padding is not None and past > 2:
+            real[0, :2] = False
+        values = torch.randn(batch, heads, past + new, width, generator=generator).to(bias.values.meta["val"].dtype)
+        ends = [mask, bias.nodes[-1]]
+        value, added = _evaluated(program, ends, padding, real, new, {bias.values: values})
+        groups = value.shape[1] // heads
+        added = added.repeat_interleave(groups, 1)[:, :, None].expand(value.shape)  # [B, H, S, L]
+        slot = torch.arange(past + new)
+        seen = ((slot <= slot[past:, None]) & real[:, None, :])[:, None].expand(value.shape)
+        found = value > torch.finfo(value.dtype).min / 2
+        count = seen.sum(-1).clamp(max=bias.most or past + new)
+        least = added.masked_fill(~found, torch.inf).amin(-1)
+        left = added.masked_fill(found | ~seen, -torch.inf).amax(-1)
+        fits = (found <= seen).all(-1) & (found.sum(-1) == count) & (least >= left)
+        fits &= (~found | (value == added)).all(-1)
+        if not bool(fits.transpose(1, 2)[real[:, past:]].all()):
+            raise PlanError(
+                f"the mask of layer {site.layer} is made from values, and not a bias of each key",
+                node=mask.name,
+                needed="a number for each key, added where a causal mask lets it be seen; of many keys the largest",
+                help="compile a model without such masks",
+            )
+
+
 def _allowed(program: Program, mask: fx.Node, padding: str | None, real: torch.Tensor, new: int) -> torch.Tensor:
     """Evaluate a mask for ``real`` ``[B, P + S]``: bool ``[B, S, P + S]``."""
     batch, total = real.shape
+    (value,) = _evaluated(program, [mask], padding, real, new, {})
+    allowed = value if value.dtype == torch.bool else value > torch.finfo(value.dtype).min / 2
+    # The mask of one head stands for all.
+    rows: torch.Tensor = allowed[..., :total].expand(batch, allowed.shape[1], new, total)
+    if rows.shape[1] > 1 and not bool((rows == rows[:, :1]).all()):
+        raise PlanError("the mask differs between heads", node=mask.name, help="compile without an `evict_kv` step")
+    return rows[:, 0]
+
+
+def _evaluated(
+    program: Program,
+    ends: Sequence[fx.Node],
+    padding: str | None,
+    real: torch.Tensor,
+    new: int,
+    given: Mapping[fx.Node, torch.Tensor],
+) -> list[torch.Tensor]:
+    """Evaluate nodes for ``real`` ``[B, P + S]`` and given values of others."""
+    total = real.shape[1]
     state = program.state_tensors()
-    env: dict[fx.Node, Any] = {}
-    needed = made_of([mask])
+    env: dict[fx.Node, Any] = dict(given)
+    needed = made_of(ends, lambda node: node in given)
     for node in program.graph.nodes:
         if node not in needed:
             continue
@@ -93,13 +150,7 @@ def _allowed(program: Program, mask: fx.Node, padding: str | None, real: torch.T
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
         with torch.no_grad():
             env[node] = node.target(*args, **kwargs)
-    value = env[mask]
-    allowed = value if value.dtype == torch.bool else value > torch.finfo(value.dtype).min / 2
-    # The mask of one head stands for all.
-    rows: torch.Tensor = allowed[..., :total].expand(batch, allowed.shape[1], new, total)
-    if rows.shape[1] > 1 and not bool((rows == rows[:, :1]).all()):
-        raise PlanError("the mask differs between heads", node=mask.name, help="compile without an `evict_kv` step")
-    return rows[:, 0]
+    return [env[node] for node in ends]
 
 
 def _input(node: fx.Node, padding: str | None, real: torch.Tensor, new: int, past: int) -> torch.Tensor:

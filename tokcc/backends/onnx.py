@@ -53,6 +53,8 @@ def _free_state_widths(model: ir.Model) -> None:
         state = name.startswith("past_key_values.") and not name.endswith((".key", ".value"))
         state = state and value.dtype == ir.DataType.FLOAT
         if state and value.shape is not None and value.shape.rank() == 4 and value.shape[3] == 1:
+            if isinstance(value.shape[2], int):
+                continue  # all of its slots are there from the first call on
             value.shape = ir.Shape([*value.shape[:3], "width"])
 
 

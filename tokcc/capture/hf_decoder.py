@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from tokcc.capture.windowed_bias import any_length
 from tokcc.errors import CaptureError
 
 __all__ = ["CausalDecoder", "Past", "appending_cache", "cache_shapes", "decoder_dynamic", "decoder_inputs"]
@@ -50,13 +51,14 @@ class CausalDecoder(nn.Module):
             ``logits`` ``[B, S, V]``, and ``present`` like ``past_key_values`` with P + S slots.
         """
         cache = appending_cache(past_key_values)
-        result = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with any_length(self.model):
+            result = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+            )
         present = [{"key": layer.keys, "value": layer.values} for layer in cache.layers]
         return {"logits": result.logits, "present": present}
 

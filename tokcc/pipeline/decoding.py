@@ -312,7 +312,7 @@ def _attention_flops(program: Program, shapes: Mapping[str, Sequence[int]], plan
     for site in plan.sites:
         labels = {f"{ATTEND}@{site.layer}"}
         if site.layer in plan.sparse:
-            labels.add(f"{plan.sparse[site.layer].name}@{site.layer}")
+            labels |= {f"{planned.name}@{site.layer}" for planned in plan.sparse[site.layer].each}
         own = [count for node, count in flops.items() if node.meta.get("tokcc") in labels]
         own += [next(each) for group in plan.groups(site.layer) if not group.written_out]
         found.append(sum(own))

@@ -81,6 +81,11 @@ def test_capped_logits() -> None:
     check(rows=40, keys=70, softcap=0.7)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
+def test_a_bias_of_each_key(softcap: float) -> None:
+    check(rows=40, keys=70, heads=4, kv_heads=2, of_lists=2, batch=2, padded=5, softcap=softcap, biased=True)
+
+
 def test_long_ids() -> None:
     args = lists(rows=40, keys=70, block_q=BLOCK, block_k=BLOCK)
     long = replace(args, index=args.index.long(), count=args.count.long())

@@ -20,6 +20,7 @@ def sparse_cases() -> list[Case]:
     narrow = Input(("B", 2, "N", 8))
     longer = Input(("B", 2, 70, 8))
     single = Input(("B", 4, 1, 8))
+    added = Input(("B", 2, "N"))
     return [
         Case("split_blocks-middle", of(ops.split_blocks.default, 1, 4), (X,), half=True),
         Case("split_blocks-last", of(ops.split_blocks.default, 1, 4), (Input(("B", "N"), "int"),)),
@@ -40,6 +41,14 @@ def sparse_cases() -> list[Case]:
         Case("block_sparse_attention-past", _attention(2, True), (wide, longer, longer)),
         Case("block_sparse_attention-capped", _attention(2, True, 3.0), (wide, narrow, narrow)),
         Case("block_sparse_attention-valid", _valid, (wide, narrow, narrow, Input(("B", "N"), "bool"))),
+        *(
+            Case(f"block_sparse_attention-biased-{lists}", _biased(lists), (wide, narrow, narrow, added))
+            for lists in (1, 2, 4)
+        ),
+        *(
+            Case(f"block_sparse_attention-biased-{name}", _single(2), (single, keys, keys, BOOL, added))
+            for name, keys in (("one-query", narrow), ("buffer", Input(("B", 2, 72, 8))))
+        ),
         *(
             Case(f"block_sparse_attention-{name}-{lists}", _single(lists), (single, keys, keys, BOOL))
             for lists in (1, 2, 4)
@@ -114,13 +123,26 @@ def _valid(b: Any, query: Any, key: Any, value: Any, valid: Any) -> Any:
     return b.call(ops.block_sparse_attention.default, query, key, value, index, count, 2, 3, True, 0.4, seen)
 
 
+def _biased(lists: int) -> Body:
+    """A bias of each key."""
+
+    def body(b: Any, query: Any, key: Any, value: Any, bias: Any) -> Any:
+        index, count = _lists(b, query, key, lists, 2, 3)
+        op = ops.block_sparse_attention.default
+        return b.call(op, query, key, value, index, count, 2, 3, True, 0.4, None, 0.0, bias)
+
+    return body
+
+
 def _single(lists: int) -> Body:
     """One query, which sees as many keys as the mask has places: there may be room for more."""
 
-    def body(b: Any, query: Any, key: Any, value: Any, valid: Any) -> Any:
+    def body(b: Any, query: Any, key: Any, value: Any, valid: Any, *bias: Any) -> Any:
         index, count = _lists(b, query, b.unsqueeze(b.unsqueeze(valid, 1), 3), lists, 1, 3)
         first = b.compare("eq", b.arange(b.size(valid, 1), key), 0)
         seen = b.logical_or(valid, first)
-        return b.call(ops.block_sparse_attention.default, query, key, value, index, count, 1, 3, True, 0.4, seen)
+        return b.call(
+            ops.block_sparse_attention.default, query, key, value, index, count, 1, 3, True, 0.4, seen, 0.0, *bias
+        )
 
     return body

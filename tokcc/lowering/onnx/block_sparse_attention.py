@@ -103,6 +103,7 @@ class _Attention:
         blocked: Whether keys are in blocks.
         dtype: Of keys.
         lowest: Half of the lowest number: added to a logit it stays a number.
+        bias: Of each key, like the keys with a width of 1; None = none.
     """
 
     key: Any
@@ -122,6 +123,7 @@ class _Attention:
     blocked: bool
     dtype: ir.DataType
     lowest: float
+    bias: Any
 
 
 def block_sparse_attention(
@@ -138,6 +140,7 @@ def block_sparse_attention(
     scale: float,
     valid: Any = None,
     softcap: float = 0.0,
+    bias: Any = None,
 ) -> Any:
     """A loop over blocks of queries, or the only one."""
     del node
@@ -159,6 +162,9 @@ def block_sparse_attention(
     blocked = not only or (isinstance(slots, int) and slots % block_k == 0)
     if blocked:
         held = [blocks_of(op, x, t.axis(key, 2), 2, 4, block_k, dtype) for x in held]  # [B, Hkv, M, block, D]
+    added = None if bias is None else op("Unsqueeze", t.value(bias, fake.dtype), op.ints([3]))  # [B, Hkv, L, 1]
+    if added is not None and blocked:
+        added = blocks_of(op, added, t.axis(bias, 2), 2, 4, block_k, dtype)
     known = None if valid is None else t.value(valid)
     if known is not None and not only:
         known = blocks_of(op, known, length, 1, 2, block_k, _BOOL)  # [B, M, block]
@@ -180,6 +186,7 @@ def block_sparse_attention(
         blocked=blocked,
         dtype=dtype,
         lowest=float(torch.finfo(fake.dtype).min) / 2,
+        bias=added,
     )
     asked = op("Mul", t.value(query), t.value(scale, fake.dtype))
     if only:
@@ -241,15 +248,19 @@ def _row(op: Recorder, a: _Attention, query: Any, listed: Any, blocks: Any, star
     mask = op("Where", allowed, op.constant(0.0, a.dtype), op.constant(a.lowest, a.dtype))
     places = blocks if a.blocked else op("Reshape", safe, op.ints([0, a.groups, -1]))
     places = _with_head(op, places, a.groups, a.heads // a.kv_heads) if a.own else op("Unsqueeze", places, op.ints([3]))
-    keys, values = (
-        op("Reshape", op("GatherND", x, places, batch_dims=1 if a.own else 2), op.ints([0, a.groups, -1, width]))
-        for x, width in zip((a.key, a.value), a.widths, strict=True)
+    keys, values, bias = (
+        x
+        if x is None
+        else op("Reshape", op("GatherND", x, places, batch_dims=1 if a.own else 2), op.ints([0, a.groups, -1, width]))
+        for x, width in zip((a.key, a.value, a.bias), (*a.widths, 1), strict=True)
     )
     asked = op("Reshape", query, op.ints([0, a.groups, -1, a.widths[0]]))
     logits = op("MatMul", asked, op("Transpose", keys, perm=[0, 1, 3, 2]))  # [B, Hs, G * block, n * block]
     if a.softcap:
         cap = op.constant(a.softcap, a.dtype)
         logits = op("Mul", op("Tanh", op("Div", logits, cap)), cap)
+    if bias is not None:
+        logits = op("Add", logits, op("Transpose", bias, perm=[0, 1, 3, 2]))
     span = op("Shape", slots, start=4, end=5)
     split = op("Concat", op.ints([0, a.groups, -1, a.block_q]), span, axis=0)
     probs = op("Softmax", op("Add", op("Reshape", logits, split), mask), axis=-1)
