@@ -26,7 +26,7 @@ class ByHead(SparsePattern):
         profile: A file with the patterns, ``patterns`` in what ``tokcc profile`` writes with a text.
         heads: The patterns themselves where there is no file: a row for each layer of the model, an entry for each
             query head.
-        otherwise: The pattern of all heads where neither is given.
+        otherwise: The pattern of all heads where neither is given; then lists may be shared.
     """
 
     kind: ClassVar[str] = "by_head"
@@ -48,7 +48,7 @@ class ByHead(SparsePattern):
         for piece in (self.otherwise, *(piece for row in self.heads for piece in row)):
             if not isinstance(piece, SparsePattern) or isinstance(piece, ByHead):
                 raise ValueError(f"`{piece.kind}` is no pattern: it wants a score or a budget of the step")  # noqa: TRY004
-            if piece.share != "each":
+            if piece.share != "each" and (self.heads or piece is not self.otherwise):
                 raise ValueError(f"`{piece.kind}` is for single heads here: leave `share: {piece.share}` out")
         return self
 

@@ -162,6 +162,16 @@ def test_sizes_beyond_the_sequence_are_everything(select: Any) -> None:
     assert torch.equal(read, cut.visible.expand_as(read))
 
 
+def test_lists_may_be_shared_where_heads_have_no_patterns_of_their_own() -> None:
+    shared = ColumnsAndDistances(**LINES, share="group_mean")
+    cut = cut_of(*look_alike(4, 2, 37, 37), BLOCK, BLOCK)
+    wanted, found = (reading(cut, None, piece)[0] for piece in (shared, ByHead(otherwise=shared)))
+    assert found.shape[1] == 2
+    assert torch.equal(found, wanted)
+    with pytest.raises(ValueError, match="single heads"):
+        ByHead(heads=((ColumnsAndDistances(**LINES),) * 4,), otherwise=shared)
+
+
 def test_heads_that_share_keys_may_share_lines() -> None:
     cut = cut_of(*look_alike(4, 2, 37, 37), BLOCK, BLOCK)
     read, _ = reading(cut, None, ColumnsAndDistances(**LINES, share="group_mean"))
