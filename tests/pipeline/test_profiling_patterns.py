@@ -52,7 +52,7 @@ def test_heads_get_the_pattern_they_were_made_with() -> None:
     (row,) = search.found()
     assert [pattern["kind"] for pattern in row[:2]] == ["columns_and_distances"] * 2
     assert row[3] == {"kind": "best_rated", "score": {"kind": "pooled", "length": "mean", "probability": False},
-                      "share": "each", "sinks": 0, "local": 0, "blocks": row[3]["blocks"]}  # fmt: skip
+                      "share": "each", "sinks": 0, "local": 0, "own": True, "blocks": row[3]["blocks"]}  # fmt: skip
     probs = heard.probs.numpy()
     for head in range(4):
         table = read_by(row[head], heard, head)
