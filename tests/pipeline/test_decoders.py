@@ -18,9 +18,15 @@ from tests.decoders.tiny import model_of
 from tokcc.backends.bundle import Bundle
 from tokcc.backends.generation import Generator
 from tokcc.backends.ort import Session
+from tokcc.config import load_policy
 from tokcc.errors import PlanError, PolicyError
+from tokcc.passes.methods import library
 from tokcc.pipeline import decoder_speed
 from tokcc.pipeline.bundles import bench, verify
+from tokcc.pipeline.decoding import prompt_flops
+from tokcc.pipeline.reducing import reduce_program
+from tokcc.pipeline.request import ModelRequest
+from tokcc.pipeline.stages import Stages
 from tokcc.report.findings import findings
 from tokcc.report.summary import next_steps
 
@@ -89,6 +95,15 @@ def test_sparse_prompts_are_timed_as_prompts(folder: Path, tmp_path: Path, monke
     again = bench(bundle, runs=1)
     assert again.decoding is not None
     assert [point.runs for point in again.decoding.prompts] == [1, 1]
+
+
+def test_lists_of_all_blocks_have_flops(folder: Path) -> None:
+    """How long they may be is told by the mask, and by no size of an input alone."""
+    step = {"preset": "minference", "block": 8, "length": 24, "columns": 4, "distances": 4, "first": 1, "near": 1}
+    _, program = ModelRequest(folder, task="text-generation").open(Stages())
+    policy = load_policy({"version": 1, "name": "p", "steps": [step]}, presets=library())
+    before, after = prompt_flops(reduce_program(program, policy, Stages()), 64)
+    assert 0 < before < after  # all blocks at most, and what chooses them
 
 
 def test_the_whole_cache_without_a_policy(folder: Path, tmp_path: Path) -> None:

@@ -64,10 +64,15 @@ def node_flops(node: fx.Node, bindings: Mapping[Any, int]) -> int:
         query, key, value = (_shape(a, bindings) for a in args[:3])
         return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
     if target is torch.ops.tokcc.block_sparse_attention.default:
-        query, value, index = (_shape(args[i], bindings) for i in (0, 2, 3))
+        query, key, value = (_shape(args[i], bindings) for i in range(3))
         block: Any = args[6]
-        # At most: lists may be shorter than they have room for, and reach behind the row.
-        return int(2 * math.prod(query[:-1]) * index[-1] * block * (query[-1] + value[-1]))
+        listed: Any = args[3]
+        room = listed.meta["val"].shape[-1]
+        # At most: lists may be shorter than they have room for, and reach behind the row. A size that no input gives is
+        # that of lists of all blocks.
+        known = isinstance(room, int) or room.node.expr.free_symbols <= bindings.keys()
+        entries = number(room, bindings) if known else -(-key[-2] // block)
+        return int(2 * math.prod(query[:-1]) * entries * block * (query[-1] + value[-1]))
     if target is torch.ops.tokcc.block_maxima.default:
         query, key = (_shape(a, bindings) for a in args[:2])
         return 2 * math.prod(query) * key[-2]
