@@ -19,7 +19,7 @@ from tokcc.passes.cache.cut import CacheCut, behind
 from tokcc.passes.cache.plan import WEIGHT, CachePlan, HeadGroup, PlannedEviction
 from tokcc.passes.cache.runs import prefix, run_from
 from tokcc.passes.cache.storage import Left
-from tokcc.passes.cache.visible import real_slots, slot_rank
+from tokcc.passes.cache.visible import places_in_text, real_slots
 from tokcc.passes.cache.weighing import front_row, slot_weights
 from tokcc.passes.prompt.stream import PromptStream
 from tokcc.passes.sparse.attend import attend_sparsely
@@ -176,7 +176,7 @@ class CacheAttention:
         arranged = None
         if rotations is not None:
             if held.arranged is None:
-                place = b.call(aten.clamp_min.default, slot_rank(b, real), 0)  # [B, L]
+                place = places_in_text(b, real)  # [B, L]
             else:
                 fresh = run_from(b, real, 1, past, new)
                 arranged = group.storage.arranged(b, held, self.env[rotations[0].positions], fresh)

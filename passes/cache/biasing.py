@@ -14,6 +14,7 @@ from tokcc.passes.cache.bias import AttentionBias
 from tokcc.passes.cache.plan import CachePlan, HeadGroup, PlannedBias
 from tokcc.passes.cache.storage import CacheForm
 from tokcc.passes.piece import resolve_piece
+from tokcc.passes.unused_keys import refuse_keys
 
 __all__ = ["biased", "plan_biases", "refuse_biases"]
 
@@ -41,19 +42,12 @@ def plan_biases(
     Raises:
         PolicyError: The piece is unknown, a key means nothing here, or two steps are for one head.
     """
-
-    def place(key: str) -> str:
-        return policy.where(("steps", number, key))
-
-    for key in ("score", "select", "reduce", "store"):
-        if getattr(step, key) is not None:
-            raise PolicyError(
-                f"`{key}` does not go with `node: bias_attention`, which leaves all tokens where they are",
-                policy=place(key),
-                help="leave it out",
-            )
+    why = "`node: bias_attention`, which leaves all tokens where they are"
+    refuse_keys(policy, number, step, ("score", "select", "reduce", "store"), why)
     assert step.bias is not None
-    bias: AttentionBias = resolve_piece(step.bias, AttentionBias, "cache.biases", place("bias"))
+    bias: AttentionBias = resolve_piece(
+        step.bias, AttentionBias, "cache.biases", policy.where(("steps", number, "bias"))
+    )
     found = []
     for layer in layers if not bias.nothing else ():
         chosen = tuple(range(forms[layer].kv_heads)) if heads is None else heads.get(layer, ())

@@ -11,6 +11,7 @@ import torch
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.runs import run_from
 from tokcc.passes.cache.visible import slot_rank
+from tokcc.passes.capping import capped
 
 __all__ = ["LOWEST", "PROTECTED", "CacheCut", "Retained", "behind"]
 
@@ -234,9 +235,7 @@ class CacheCut:
         width = b.shape(query)[3]
         grouped = b.reshape(query, [b.size(query, 0), self.kv_heads, self.heads // self.kv_heads, rows, width])
         keys = b.unsqueeze(b.transpose(self.key, 2, 3), 2)  # [B, Hkv, 1, D, L]
-        logits = b.cast(b.matmul(b.mul(grouped, self.scale), keys), torch.float32)
-        if self.softcap:
-            logits = b.mul(b.call(aten.tanh.default, b.div(logits, self.softcap)), self.softcap)
+        logits = capped(b, b.cast(b.matmul(b.mul(grouped, self.scale), keys), torch.float32), self.softcap)
         if temperature is not None:
             logits = b.div(logits, temperature)
         if self.bias is not None:

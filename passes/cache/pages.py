@@ -67,26 +67,6 @@ class Touched:
     ids: Any = None
     bias: Any = None
 
-    def extremes(self, b: Builder) -> tuple[Any, Any]:
-        """Return the largest and the smallest number of every key channel, ``[B, Hkv, R, D]`` each.
-
-        Of pages of padding alone, which are never seen, they are 0.
-        """
-        limits = torch.finfo(b.dtype(self.key))
-        real = b.unsqueeze(b.unsqueeze(self.real, 1), 4)  # [B, 1, R, every, 1]
-        some = b.compare("gt", b.sum(b.cast(self.real, torch.int64), 2), 0)  # [B, R]
-        some = b.unsqueeze(b.unsqueeze(some, 1), 3)
-        high = b.amax(b.where(real, self.key, limits.min), 3)
-        low = b.amin(b.where(real, self.key, limits.max), 3)
-        return b.where(some, high, 0.0), b.where(some, low, 0.0)
-
-    def means(self, b: Builder) -> Any:
-        """Return the mean of every key channel, ``[B, Hkv, R, D]``; 0 for pages of padding alone."""
-        kind = b.dtype(self.key)
-        many = b.cast(b.clamp_min(b.sum(b.cast(self.real, torch.float32), 2), 1.0), kind)  # [B, R]
-        real = b.unsqueeze(b.unsqueeze(self.real, 1), 4)
-        return b.div(b.sum(b.where(real, self.key, 0.0), 3), b.unsqueeze(b.unsqueeze(many, 1), 3))
-
 
 def all_pages(b: Builder, every: int, key: Any, real: Any) -> Touched:
     """Return all pages of a cache.

@@ -8,7 +8,7 @@ import torch
 
 from tokcc.ir.builder import Builder
 
-__all__ = ["real_slots", "slot_rank"]
+__all__ = ["places_in_text", "real_slots", "slot_rank"]
 
 
 def real_slots(
@@ -56,3 +56,8 @@ def real_slots(
 def slot_rank(b: Builder, real: Any) -> Any:
     """Return the place of every slot among the real ones of its sample, int64 ``[B, L]``; padding in front has -1."""
     return b.sub(b.call(torch.ops.aten.cumsum.default, b.cast(real, torch.int64), 1), 1)
+
+
+def places_in_text(b: Builder, real: Any) -> Any:
+    """Return the same with 0 for padding, as positions that a model can be given."""
+    return b.call(torch.ops.aten.clamp_min.default, slot_rank(b, real), 0)

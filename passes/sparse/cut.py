@@ -11,7 +11,7 @@ import torch
 
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.runs import prefix, run_from
-from tokcc.passes.cache.visible import slot_rank
+from tokcc.passes.cache.visible import places_in_text, slot_rank
 from tokcc.passes.sparse.turning import Turn, turned_back
 
 __all__ = ["FORCED", "HIDDEN", "BlockList", "Share", "SparseCut"]
@@ -184,7 +184,7 @@ class SparseCut:
     @cached_property
     def places(self) -> Any:
         """The place of every slot among the real ones of its sample, int64 ``[B, L]``; 0 for padding in front."""
-        return self.b.call(aten.clamp_min.default, slot_rank(self.b, self.real), 0)
+        return places_in_text(self.b, self.real)
 
     @cached_property
     def unturned_key(self) -> Any:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from tokcc.ir.builder import Builder
+from tokcc.passes.cache.pooling import Pool
+from tokcc.passes.cache.pooling import pooled as pool_of
 
-__all__ = ["Pool", "by_head", "pooled"]
-
-Pool = Literal["max", "min", "mean"]
+__all__ = ["by_head", "pooled"]
 
 
 def by_head(b: Builder, x: Any, weight: Any) -> Any:
@@ -28,16 +26,4 @@ def pooled(b: Builder, key: Any, real: Any, pools: Sequence[Pool]) -> Any:
         real: bool ``[B, M, block]``: which keys are there.
         pools: Which numbers, beside each other.
     """
-    kind, counts = b.dtype(key), b.sum(b.cast(real, torch.float32), 2)
-    there = b.unsqueeze(b.unsqueeze(b.compare("gt", counts, 0), 1), 3)
-    wide = b.unsqueeze(b.unsqueeze(real, 1), 4)  # [B, 1, M, block, 1]
-    many = b.unsqueeze(b.unsqueeze(b.cast(b.clamp_min(counts, 1.0), kind), 1), 3)
-    far = float(torch.finfo(kind).max)
-    made = []
-    for pool in pools:
-        if pool == "mean":
-            made.append(b.div(b.sum(b.where(wide, key, 0.0), 3), many))
-            continue
-        filled = b.where(wide, key, -far if pool == "max" else far)
-        made.append(b.where(there, b.amax(filled, 3) if pool == "max" else b.amin(filled, 3), 0.0))
-    return b.cat(made, 3)
+    return b.cat([pool_of(b, key, real, pool) for pool in pools], 3)

@@ -8,6 +8,7 @@ import torch
 
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.runs import run_from
+from tokcc.passes.capping import capped
 from tokcc.passes.sparse.cut import SparseCut
 
 __all__ = ["among_last", "at_blocks", "blocks_of_columns", "blocks_of_distances", "last_probabilities", "last_queries"]
@@ -38,9 +39,7 @@ def last_probabilities(cut: SparseCut, most: int) -> tuple[Any, Any]:
     """
     b = cut.b
     query, real = last_queries(cut, most)
-    logits = b.mul(cut.products(query, cut.key), cut.scale)
-    if cut.softcap:
-        logits = b.mul(b.call(aten.tanh.default, b.mul(logits, 1 / cut.softcap)), cut.softcap)
+    logits = capped(b, b.mul(cut.products(query, cut.key), cut.scale), cut.softcap)
     own = run_from(b, cut.slots, 0, b.sub_sizes(cut.total, b.size(query, 2)), b.size(query, 2))
     earlier = b.compare("le", b.unsqueeze(cut.slots, 0), b.unsqueeze(own, 1))  # [R, L]
     seen = b.logical_and(earlier, b.unsqueeze(b.unsqueeze(cut.real, 1), 1))  # [B, 1, R, L]

@@ -70,8 +70,20 @@ class _SparsePiece(Piece):
 class SparseScore(_SparsePiece):
     """Rates key blocks for rows of queries."""
 
+    for_single: ClassVar[bool] = False
+    """True when it rates for one query at a time."""
     unturned: ClassVar[bool] = False
     """True when it reads queries and keys as they are before their positions turn them."""
+
+    def check(self, block_q: int, block_k: int) -> None:
+        """Refuse blocks that cannot be rated: several queries, where it rates for one at a time.
+
+        Raises:
+            ValueError: Says what is needed.
+        """
+        del block_k
+        if self.for_single and block_q != 1:
+            raise ValueError(f"one query at a time, not blocks of {block_q}")
 
     @property
     def bias_state(self) -> str | None:

@@ -24,6 +24,7 @@ from tokcc.passes.sparse.plan import MODEL, PlannedSparse
 from tokcc.passes.sparse.scores.key_bias import KeyBiasScore
 from tokcc.passes.sparse.selectors.best_blocks import BestBlocks
 from tokcc.passes.trained import with_weights
+from tokcc.passes.unused_keys import refuse_keys
 
 __all__ = ["joined", "model_selection", "plan_sparse"]
 
@@ -60,13 +61,8 @@ def plan_sparse(
     def place(key: str) -> str:
         return policy.where(("steps", number, key))
 
-    for key in ("reduce", "heads", "store"):
-        if getattr(step, key) is not None:
-            raise PolicyError(
-                f"`{key}` does not go with `node: sparse_attention`, which leaves all tokens where they are",
-                policy=place(key),
-                help="leave it out",
-            )
+    why = "`node: sparse_attention`, which leaves all tokens where they are"
+    refuse_keys(policy, number, step, ("reduce", "heads", "store"), why)
     select: SparseSelector = resolve_piece(
         step.select or PieceSpec(kind="best"), SparseSelector, "sparse.selectors", place("select")
     )
@@ -84,19 +80,15 @@ def plan_sparse(
         blocks = blocks.model_copy(update={"query": 1})
     pieces = {"select": select} if score is None else {"score": score, "select": select}
     for key, piece in pieces.items():
-        for size in (1, *select.larger) if piece is score else (1,):
-            with _refused(
-                f"the {key} `{piece.kind}` cannot work with these blocks",
-                place(key),
-                help="change `blocks: {query: ..., key: ...}`, or the parameter",
-            ):
+        with _refused(
+            f"the {key} `{piece.kind}` cannot work with these blocks",
+            place(key),
+            help="change `blocks: {query: ..., key: ...}`, or the parameter",
+        ):
+            for size in (1, *select.larger) if piece is score else (1,):
                 piece.check(blocks.query, blocks.key * size)
-    with _refused(
-        f"the selector `{select.kind}` cannot work with these blocks",
-        place("select"),
-        help="change `blocks: {query: ..., key: ...}`, or the parameter",
-    ):
-        select.check_rows(blocks.query)
+            if piece is select:
+                select.check_rows(blocks.query)
     if score is not None and score.orders and new[1] > 1:
         raise PlanError(
             f"the score `{score.kind}` puts the tokens of a text in another order, which is for single tokens",

@@ -12,7 +12,7 @@ from tokcc.ir.builder import Builder
 from tokcc.passes.cache.pages import PageState, Touched, all_pages, touched_pages
 from tokcc.passes.cache.runs import run_from, run_of
 from tokcc.passes.cache.storage import CacheForm, CacheStorage, Left
-from tokcc.passes.cache.visible import slot_rank
+from tokcc.passes.cache.visible import places_in_text
 from tokcc.passes.sparse.piece import SparseScore, SparseSelector
 from tokcc.passes.sparse.plan import PlannedSparse, sized
 from tokcc.passes.sparse.turning import Turn
@@ -56,8 +56,7 @@ class Entering:
         found = replace(found, ids=self.ids, bias=self.bias)
         if turn is None:
             return found
-        places = b.call(torch.ops.aten.clamp_min.default, slot_rank(b, self.real), 0)
-        return replace(found, turns=turn, places=places)
+        return replace(found, turns=turn, places=places_in_text(b, self.real))
 
 
 def with_new_tokens(

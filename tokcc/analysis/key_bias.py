@@ -17,6 +17,7 @@ from torch import fx
 from tokcc.analysis.cache_sites import CacheSite
 from tokcc.ir.program import Program
 from tokcc.ir.reach import made_of
+from tokcc.ir.replay import replayed
 
 __all__ = ["KeyBias", "find_key_bias", "find_key_biases"]
 
@@ -57,16 +58,8 @@ class KeyBias:
         Returns:
             ``[B, Hkv, N]``.
         """
-        local = {**{node: env[node] for node in self.outside}, self.values: values}
-        for node, axis in sizes_of(self.values, self.nodes).items():
-            local[node] = size(values, axis)
-        for node in self.nodes:
-            if node in local:
-                continue
-            operands: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: local[n])
-            args, kwargs = operands
-            local[node] = call(node.target, *args, **kwargs)
-        return local[self.nodes[-1]]
+        sizes = {node: size(values, axis) for node, axis in sizes_of(self.values, self.nodes).items()}
+        return replayed(self.nodes, call, {**{node: env[node] for node in self.outside}, self.values: values, **sizes})
 
 
 def sizes_of(values: fx.Node, nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:

@@ -11,6 +11,7 @@ from torch import fx
 
 from tokcc.ir.program import Program
 from tokcc.ir.reach import made_of
+from tokcc.ir.replay import replayed
 
 __all__ = ["Rotation", "find_rotation"]
 
@@ -44,12 +45,8 @@ class Rotation:
             positions: Handle of its positions.
             env: Handles of what is read besides.
         """
-        local = {**{node: env[node] for node in self.outside}, self.source: source, self.positions: positions}
-        for node in self.nodes:
-            operands: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: local[n])
-            args, kwargs = operands
-            local[node] = call(node.target, *args, **kwargs)
-        return local[self.nodes[-1]]
+        known = {**{node: env[node] for node in self.outside}, self.source: source, self.positions: positions}
+        return replayed(self.nodes, call, known)
 
 
 def find_rotation(program: Program, result: fx.Node) -> Rotation | None:

@@ -78,7 +78,8 @@ def bench(
     with out.running():
         from tokcc import pipeline
         from tokcc.backends.bundle import Bundle
-        from tokcc.cli.summary import context_table, latency_lines, prompt_table
+        from tokcc.cli.summary import latency_lines
+        from tokcc.report.terminal import contexts_table, prompts_table
 
         if against is not None and not against.is_file():
             raise UsageError(f"there is no engine `{against}`", needed="an ONNX file or an aoti package")
@@ -96,8 +97,8 @@ def bench(
         out.show(*latency_lines(measured.latency))
         if measured.decoding is not None:
             if measured.decoding.prompts:
-                out.show("", prompt_table(measured.decoding))
-            out.show("", context_table(measured.decoding), *measured.notes)
+                out.show("", prompts_table(measured.decoding))
+            out.show("", contexts_table(measured.decoding), *measured.notes)
         if measured.memory is not None:
             before, after = measured.memory.baseline_bytes, measured.memory.engine_bytes
             out.show(f"peak memory {before / 2**20:.0f} MiB -> {after / 2**20:.0f} MiB ({measured.memory.how})")

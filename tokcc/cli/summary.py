@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from tokcc.report.contexts import context_rows, prompt_rows
 from tokcc.report.summary import shapes_text
 
 if TYPE_CHECKING:
-    from tokcc.report.schema import Decoding, Fidelity, Latency, Parity
+    from tokcc.report.schema import Fidelity, Latency, Parity
 
-__all__ = ["context_table", "fidelity_table", "latency_lines", "parity_table", "prompt_table"]
+__all__ = ["fidelity_table", "latency_lines", "parity_table"]
 
 
 def parity_table(parity: Parity) -> Table:
@@ -36,27 +35,6 @@ def fidelity_table(fidelity: Fidelity) -> Table:
     for output in fidelity.outputs:
         values = (output.cosine_mean, output.relative_error_mean, output.top1_agreement, output.kl)
         table.add_row(output.output, *("-" if value is None else f"{value:.4f}" for value in values))
-    return table
-
-
-def context_table(decoding: Decoding) -> Table:
-    """Return one row for each context at which a decoder was timed."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("context", "tokens/s", "speedup", "first token", "KV cache", "left", "by bytes moved"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in context_rows(decoding):
-        pairs = [" -> ".join(pair) for pair in (row.speed, row.first_token, row.cache)]
-        table.add_row(row.context, pairs[0], row.speedup, *pairs[1:], row.left, row.bound)
-    return table
-
-
-def prompt_table(decoding: Decoding) -> Table:
-    """Return one row for each length of prompts that was timed."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("prompt", "in one call", "speedup"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in prompt_rows(decoding):
-        table.add_row(row.tokens, " -> ".join(row.seconds), row.speedup)
     return table
 
 

@@ -23,7 +23,7 @@ from tokcc.report.summary import (
     speed_lines,
 )
 
-__all__ = ["print_report", "renderable", "to_text"]
+__all__ = ["contexts_table", "print_report", "prompts_table", "renderable", "to_text"]
 
 _TEXT_WIDTH = 110
 
@@ -57,9 +57,9 @@ def renderable(report: Report, *, bundle: str | Path, plain: bool = False) -> Re
     if report.layers:
         parts += [_layers(report, plain), Text("")]
     if report.decoding is not None and report.decoding.points:
-        parts += [_contexts(report.decoding, plain), Text("")]
+        parts += [contexts_table(report.decoding, plain=plain), Text("")]
     if report.decoding is not None and report.decoding.prompts:
-        parts += [_prompts(report.decoding, plain), Text("")]
+        parts += [prompts_table(report.decoding, plain=plain), Text("")]
     if report.decoding is not None and report.decoding.text:
         parts += [_texts(report.decoding, plain), Text("")]
     parts.append(_totals(report, str(bundle)))
@@ -126,7 +126,8 @@ def _layers(report: Report, plain: bool) -> Table:
     return table
 
 
-def _contexts(decoding: Decoding, plain: bool) -> Table:
+def contexts_table(decoding: Decoding, *, plain: bool = True) -> Table:
+    """Return one row for each context at which a decoder was timed."""
     table = _table(plain, "context", "tokens/s", "speedup", "first token", "KV cache", "left", "by bytes moved")
     for row in context_rows(decoding):
         pairs = [" -> ".join(pair) for pair in (row.speed, row.first_token, row.cache)]
@@ -134,7 +135,8 @@ def _contexts(decoding: Decoding, plain: bool) -> Table:
     return table
 
 
-def _prompts(decoding: Decoding, plain: bool) -> Table:
+def prompts_table(decoding: Decoding, *, plain: bool = True) -> Table:
+    """Return one row for each length of prompts that was timed."""
     table = _table(plain, "prompt", "in one call", "speedup")
     for row in prompt_rows(decoding):
         table.add_row(row.tokens, " -> ".join(row.seconds), row.speedup)

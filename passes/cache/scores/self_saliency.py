@@ -10,6 +10,7 @@ from pydantic import Field
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.cut import LOWEST, CacheCut
 from tokcc.passes.cache.piece import CacheScore
+from tokcc.passes.capping import capped
 
 __all__ = ["SelfSaliency"]
 
@@ -71,8 +72,7 @@ class SelfSaliency(CacheScore):
         key = b.call(torch.ops.aten.index_select.default, cut.key, 2, flat)
         key = b.reshape(key, [-1, cut.kv_heads, blocks, wide, width])
         logits = b.cast(b.matmul(query, b.transpose(key, 3, 4)), torch.float32)  # [B, Hkv, M, G * R, wide]
-        if cut.softcap:
-            logits = b.mul(b.call(torch.ops.aten.tanh.default, b.div(logits, cut.softcap)), cut.softcap)
+        logits = capped(b, logits, cut.softcap)
         logits = b.reshape(logits, [-1, cut.kv_heads, blocks, groups, rows, wide])
         apart = b.sub(b.arange(wide, cut.key), b.unsqueeze(b.arange(rows, cut.key), 1))  # [R, wide]
         near = b.logical_and(b.compare("ge", apart, 0), b.compare("le", apart, before))

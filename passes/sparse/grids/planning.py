@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from tokcc.analysis.attention_sites import AttentionSite
 from tokcc.analysis.sites import Sites
 from tokcc.config import LoadedPolicy, PieceSpec, Step
-from tokcc.errors import PlanError, PolicyError
+from tokcc.errors import PlanError
 from tokcc.passes.budget import planned_counts, refuse_budget
 from tokcc.passes.piece import resolve_piece
 from tokcc.passes.sparse.grids.attend import PlannedGrid
 from tokcc.passes.sparse.grids.piece import GridSelector
+from tokcc.passes.unused_keys import refuse_keys
 
 __all__ = ["plan_grid"]
 
@@ -64,13 +65,8 @@ def plan_grid(
 
 def _refuse_keys(policy: LoadedPolicy, number: int, step: Step) -> None:
     """Refuse what belongs to other steps."""
-    for key in ("score", "reduce", "heads", "store", "blocks"):
-        if getattr(step, key) is not None:
-            raise PolicyError(
-                f"`{key}` does not go with sparse attention in an encoder, where the selector says all",
-                policy=policy.where(("steps", number, key)),
-                help="leave it out",
-            )
+    why = "sparse attention in an encoder, where the selector says all"
+    refuse_keys(policy, number, step, ("score", "reduce", "heads", "store", "blocks"), why)
     for key, given in {
         "stage": step.at.stage,
         "length": step.at.length,

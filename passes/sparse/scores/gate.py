@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from tokcc.passes.cache.pooling import Pool
 from tokcc.passes.sparse.cut import HIDDEN, SparseCut
-from tokcc.passes.sparse.gating import Pool, by_head, pooled
+from tokcc.passes.sparse.gating import by_head, pooled
 from tokcc.passes.sparse.piece import SparseScore
 from tokcc.passes.trained import TensorSpec, Trained
 

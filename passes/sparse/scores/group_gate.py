@@ -9,8 +9,9 @@ import torch
 
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.pages import PageState, Touched
+from tokcc.passes.cache.pooling import Pool
 from tokcc.passes.sparse.cut import HIDDEN, SparseCut
-from tokcc.passes.sparse.gating import Pool, by_head, pooled
+from tokcc.passes.sparse.gating import by_head, pooled
 from tokcc.passes.sparse.piece import SparseScore
 from tokcc.passes.sparse.turning import turned_back
 from tokcc.passes.trained import TensorSpec, Trained
@@ -37,15 +38,10 @@ class GroupGate(Trained, SparseScore):
     """
 
     kind: ClassVar[str] = "group_gate"
+    for_single: ClassVar[bool] = True
     unturned: ClassVar[bool] = True
 
     pools: tuple[Pool, ...] = ("max", "min", "mean")
-
-    def check(self, block_q: int, block_k: int) -> None:
-        """See :class:`SparseScore`."""
-        del block_k
-        if block_q != 1:
-            raise ValueError(f"one query at a time, not blocks of {block_q}")
 
     def tensors(self, sizes: Mapping[str, int]) -> Sequence[TensorSpec]:
         """See :class:`Trained`."""

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.pages import PageState, Touched
+from tokcc.passes.cache.pooling import pooled
 from tokcc.passes.sparse.cut import SparseCut
 from tokcc.passes.sparse.piece import SparseScore
 
@@ -29,14 +30,9 @@ class PageBlend(SparseScore):
     """
 
     kind: ClassVar[str] = "page_blend"
+    for_single: ClassVar[bool] = True
 
     blend: float = Field(default=0.6, ge=0, le=1)
-
-    def check(self, block_q: int, block_k: int) -> None:
-        """See :class:`SparseScore`."""
-        del block_k
-        if block_q != 1:
-            raise ValueError(f"one query at a time, not blocks of {block_q}")
 
     def states(self, kv_heads: int, width: int, dtype: torch.dtype, block: int) -> tuple[PageState, ...]:
         """See :class:`SparseScore`."""
@@ -45,7 +41,7 @@ class PageBlend(SparseScore):
     def remembered(self, b: Builder, layer: int, pages: Touched) -> Mapping[str, Any]:
         """See :class:`SparseScore`."""
         del layer
-        high, low = pages.extremes(b)
+        high, low = (pooled(b, pages.key, pages.real, pool) for pool in ("max", "min"))
         return {_BLEND: b.add(b.mul(high, self.blend), b.mul(low, 1.0 - self.blend))}
 
     def emit(self, cut: SparseCut) -> Any:

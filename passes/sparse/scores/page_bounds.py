@@ -10,6 +10,7 @@ import torch
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.pages import PageState, Touched
 from tokcc.passes.sparse.cut import SparseCut
+from tokcc.passes.sparse.gating import pooled
 from tokcc.passes.sparse.piece import SparseScore
 
 __all__ = ["PageBounds"]
@@ -25,12 +26,7 @@ class PageBounds(SparseScore):
     """
 
     kind: ClassVar[str] = "page_bounds"
-
-    def check(self, block_q: int, block_k: int) -> None:
-        """See :class:`SparseScore`."""
-        del block_k
-        if block_q != 1:
-            raise ValueError(f"one query at a time, not blocks of {block_q}")
+    for_single: ClassVar[bool] = True
 
     def states(self, kv_heads: int, width: int, dtype: torch.dtype, block: int) -> tuple[PageState, ...]:
         """See :class:`SparseScore`."""
@@ -39,7 +35,7 @@ class PageBounds(SparseScore):
     def remembered(self, b: Builder, layer: int, pages: Touched) -> Mapping[str, Any]:
         """See :class:`SparseScore`."""
         del layer
-        return {_BOUNDS: b.cat(list(pages.extremes(b)), 3)}
+        return {_BOUNDS: pooled(b, pages.key, pages.real, ("max", "min"))}
 
     def emit(self, cut: SparseCut) -> Any:
         """See :class:`SparseScore`."""

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.pages import PageState, Touched
+from tokcc.passes.cache.pooling import pooled
 from tokcc.passes.sparse.clustering import halved
 from tokcc.passes.sparse.cut import SparseCut
 from tokcc.passes.sparse.piece import SparseScore
@@ -32,6 +33,7 @@ class PageMeans(SparseScore):
     """
 
     kind: ClassVar[str] = "page_means"
+    for_single: ClassVar[bool] = True
 
     halvings: int = Field(default=0, ge=0, le=16)
     rounds: int = Field(default=8, ge=1)
@@ -45,12 +47,6 @@ class PageMeans(SparseScore):
         """See :class:`SparseScore`."""
         return halved(b, key, free, block, self.halvings, self.rounds)
 
-    def check(self, block_q: int, block_k: int) -> None:
-        """See :class:`SparseScore`."""
-        del block_k
-        if block_q != 1:
-            raise ValueError(f"one query at a time, not blocks of {block_q}")
-
     def states(self, kv_heads: int, width: int, dtype: torch.dtype, block: int) -> tuple[PageState, ...]:
         """See :class:`SparseScore`."""
         return (PageState(_MEAN, kv_heads, width, block, dtype),)
@@ -58,7 +54,7 @@ class PageMeans(SparseScore):
     def remembered(self, b: Builder, layer: int, pages: Touched) -> Mapping[str, Any]:
         """See :class:`SparseScore`."""
         del layer
-        return {_MEAN: pages.means(b)}
+        return {_MEAN: pooled(b, pages.key, pages.real, "mean")}
 
     def emit(self, cut: SparseCut) -> Any:
         """See :class:`SparseScore`."""

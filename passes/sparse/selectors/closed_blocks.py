@@ -13,6 +13,7 @@ from tokcc.ir.builder import Builder
 from tokcc.passes.budget import Count
 from tokcc.passes.cache.pages import PageState, Touched
 from tokcc.passes.cache.runs import prefix, run_from
+from tokcc.passes.capping import capped
 from tokcc.passes.sparse.cut import HIDDEN, SparseCut
 from tokcc.passes.sparse.piece import SparseSelector
 from tokcc.passes.sparse.ranking import best_of, ranked
@@ -218,10 +219,7 @@ class ClosedBlocks(SparseSelector):
     @staticmethod
     def _scaled(cut: SparseCut, products: Any) -> Any:
         b = cut.b
-        logits = b.mul(b.cast(products, torch.float32), cut.scale)
-        if not cut.softcap:
-            return logits
-        return b.mul(b.call(aten.tanh.default, b.div(logits, cut.softcap)), cut.softcap)
+        return capped(b, b.mul(b.cast(products, torch.float32), cut.scale), cut.softcap)
 
     @staticmethod
     def _grouped(b: Builder, logits: Any, of_block: Any, mine: Any, theirs: Any) -> Any:
