@@ -17,6 +17,7 @@ from tokcc.capture.export import clean
 from tokcc.capture.functional import functional
 from tokcc.config import load_policy
 from tokcc.ir.builder import EagerBuilder
+from tokcc.ir.own_sizes import with_own_sizes
 from tokcc.ir.program import Program
 from tokcc.ir.verify import verify
 from tokcc.passes.methods import library
@@ -41,6 +42,7 @@ def plan_for(program: Program, policy: str | Path | Mapping[str, Any]) -> Plan:
 
 def reduce_program(program: Program, policy: str | Path | Mapping[str, Any]) -> tuple[Program, Plan]:
     """Apply a policy; the plan's ``made`` lists the token spaces in order."""
+    program = with_own_sizes(program)
     plan = plan_for(program, policy)
     reduced = Propagate(plan).run(program).program
     verify(reduced, "Propagate")

@@ -23,10 +23,10 @@ from tokcc.passes.cache.visible import places_in_text, real_slots
 from tokcc.passes.cache.weighing import front_row, slot_weights
 from tokcc.passes.prompt.stream import PromptStream
 from tokcc.passes.sparse.attend import attend_sparsely
-from tokcc.passes.sparse.cut import BlockList, SparseCut
+from tokcc.passes.sparse.cut import BlockList, Indexed, SparseCut
 from tokcc.passes.sparse.entering import in_order
 from tokcc.passes.sparse.plan import PlannedSparse
-from tokcc.passes.sparse.remembering import Entering, with_new_tokens, with_what_stays
+from tokcc.passes.sparse.remembering import Entering, held_whole, with_new_tokens, with_what_stays
 
 __all__ = ["ATTEND", "CacheAttention"]
 
@@ -83,6 +83,8 @@ class CacheAttention:
             sparse = [r for one in self._sparse_of(group) for r in one.rotations or ()]
             for rotation in (*(group.rotations or ()), *sparse, *([ahead] if ahead else ())):
                 operands += [rotation.source, rotation.positions, *rotation.outside]
+        if site.index is not None:
+            operands += [self.nodes[name] for name in (site.index.new, site.index.query, site.index.gate)]
         if site.layer in self.plan.key_biases:
             operands += self.plan.key_biases[site.layer].outside
         return operands
@@ -192,7 +194,9 @@ class CacheAttention:
             with b.inserting(f"pages@{site.layer}"):
                 own = self._bias_of(site, new_value) if site.layer in self.plan.key_biases else None
                 held_key = key if buffers is None else buffers[0]
-                call = Entering(held_key, entering[0], real, past, new, total, self.ids, own)
+                asked = query if any(piece.wants_queries for one, _ in steps for piece in one.pieces) else None
+                index = None if site.index is None else self.env[self.nodes[site.index.new]]
+                call = Entering(held_key, entering[0], real, past, new, total, self.ids, own, asked, index)
                 for planned, before_turns in steps:
                     turn = before_turns["turns"][1] if before_turns else None
                     pages |= with_new_tokens(b, planned, group.form, group.storage, tensors, call, turn)
@@ -210,9 +214,11 @@ class CacheAttention:
             both = b.call(op, query, *seen, real, group.window, site.scale, site.softcap, *extra)
             out, received = b.parts(both, 2)
         for planned, before_turns in steps:
+            earlier_text = held_whole(b, planned, group.form, group.storage, tensors)
             whole = SparseCut(b, site.layer, len(self.plan.sites), query, key, value, real, past, new, total,
                               site.scale, site.softcap, planned.block_q, planned.block_k, buffers, pages,
-                              lists=self.lists, bias=added, **before_turns)  # fmt: skip
+                              before=earlier_text, lists=self.lists, bias=added, indexed=self._indexed(site),
+                              **before_turns)  # fmt: skip
             out = attend_sparsely(whole, planned, out)
         cut = CacheCut(
             b=b,
@@ -287,6 +293,13 @@ class CacheAttention:
         """Multiply ``[B, heads, S, D]`` by a constant ``[D, D]``."""
         weight = self.b.constant("basis", matrix.T.contiguous().to(self.b.dtype(x)))
         return self.b.call(aten.linear.default, x, weight)
+
+    def _indexed(self, site: CacheSite) -> Indexed | None:
+        """Return what the layer's indexer compares the call's queries by."""
+        if site.index is None:
+            return None
+        query, gate = (self.env[self.nodes[name]] for name in (site.index.query, site.index.gate))
+        return Indexed(self.b.transpose(query, 1, 2), self.b.permute(gate, [0, 3, 1, 2]), site.index.scale)
 
     @staticmethod
     def _sparse_of(group: HeadGroup) -> tuple[PlannedSparse, ...]:

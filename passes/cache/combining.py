@@ -20,6 +20,7 @@ def refuse_combinations(plan: CachePlan) -> None:
     _refuse_shorter_prompts(plan)
     _refuse_sparse(plan)
     _refuse_moved_biases(plan)
+    _refuse_moved_indexes(plan)
 
 
 def _refuse_shorter_prompts(plan: CachePlan) -> None:
@@ -76,6 +77,18 @@ def _refuse_moved_biases(plan: CachePlan) -> None:
             needed="a cache that holds every token as the model made it",
             found=f"such a bias in {len(plan.key_biases)} layers",
             help="use `sparse_attention` steps on this model, such as `dma`",
+        )
+
+
+def _refuse_moved_indexes(plan: CachePlan) -> None:
+    """Refuse what takes, moves or rounds entries where an indexer compares tokens by others of their own."""
+    others = [part for part in plan.parts if not isinstance(part, PlannedSparse)]
+    if any(site.index is not None for site in plan.sites) and (others or plan.prompt is not None):
+        raise PlanError(
+            "the model's own indexer chooses the keys that are seen, and a step changes what is cached",
+            policy=others[0].where if others else None,
+            needed="a cache that holds every token as the model made it",
+            help="use `sparse_attention` steps on this model, such as `hisa`",
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ import torch
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.runs import run_from
 
-__all__ = ["PageState", "Touched", "all_pages", "touched_pages"]
+__all__ = ["WHOLE", "Asked", "PageState", "Touched", "all_pages", "touched_pages"]
 
 aten = torch.ops.aten
+
+WHOLE = 0
+"""The tokens of a page that is the whole text."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,10 @@ class PageState:
         name: Begins with ``key_``: runtimes carry nothing else.
         heads: Rows of one page.
         width: Numbers in a row.
-        every: Tokens of a page; 1 = every token has a row. Pages are counted from the first slot.
+        every: Tokens of a page; 1 = every token has a row. Pages are counted from the first slot. `WHOLE` = one row
+            for the whole text.
         dtype: Its type.
+        reach: Tokens behind one that still change the row of its page.
     """
 
     name: str
@@ -32,10 +38,30 @@ class PageState:
     width: int
     every: int
     dtype: torch.dtype
+    reach: int = 0
 
     def rows(self, slots: int) -> int:
         """Return how many pages there are of so many slots."""
-        return -(-slots // self.every)
+        return 1 if self.every == WHOLE else -(-slots // self.every)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The queries of a call, for what is remembered of them or of what they attend to.
+
+    Attributes:
+        query: ``[B, H, S, D]``, turned where the model turns them; None = nobody wants them.
+        real: bool ``[B, S]``: those that are no padding.
+        seen: Tokens in front of the call, padding not counted, fp32 ``[B, 1]``.
+        past: P: slots in front of the call.
+        new: S.
+    """
+
+    query: Any
+    real: Any
+    seen: Any
+    past: Any
+    new: Any
 
 
 @dataclass(frozen=True)
@@ -54,6 +80,10 @@ class Touched:
         places: The places of all slots in their samples, int64 ``[B, L]``; None likewise.
         ids: The call's own tokens, int64 ``[B, S]``; None = the model takes something else.
         bias: What the model itself adds to the logits of the call's own keys, ``[B, Hkv, S]``; None = nothing.
+        index: What the layer's indexer compares the call's own keys by, ``[B, 1, S, W]``; None = there is no indexer.
+        asked: The call's queries, and what else is known of the call.
+        held: For pieces that go on from there, what the rows were before the call, by name, ``[B, heads, R, width]``:
+            any numbers for pages that did not exist; for the whole text one row, any numbers before the first call.
     """
 
     first: Any
@@ -66,6 +96,9 @@ class Touched:
     places: Any = None
     ids: Any = None
     bias: Any = None
+    index: Any = None
+    asked: Asked | None = None
+    held: Mapping[str, Any] = field(default_factory=dict)
 
 
 def all_pages(b: Builder, every: int, key: Any, real: Any) -> Touched:
@@ -82,9 +115,9 @@ def all_pages(b: Builder, every: int, key: Any, real: Any) -> Touched:
 
 
 def touched_pages(
-    b: Builder, every: int, key: Any, new_key: Any, real: Any, past: Any, new: Any, total: Any
+    b: Builder, every: int, key: Any, new_key: Any, real: Any, past: Any, new: Any, total: Any, reach: int = 0
 ) -> Touched:
-    """Return the pages in which the tokens of a call lie.
+    """Return the pages in which the tokens of a call lie, and those of so many tokens in front of them.
 
     Args:
         b: The builder.
@@ -95,13 +128,15 @@ def touched_pages(
         past: P.
         new: S.
         total: L.
+        reach: How many tokens in front.
     """
-    if every == 1:
+    if every == 1 and not reach:
         fresh = run_from(b, real, 1, past, new)
         own = b.call(aten.add.Scalar, b.arange(new, key), past)
         full = b.compare("ge", own, 0)
         return Touched(past, new, b.unsqueeze(new_key, 3), b.unsqueeze(fresh, 2), b.unsqueeze(own, 1), full)
-    first = b.floordiv_sizes(past, every)
+    start = b.max_sizes(b.sub_sizes(past, reach), 0) if reach else past
+    first = b.floordiv_sizes(start, every)
     count = b.sub_sizes(b.floordiv_sizes(b.add_sizes(total, every - 1), every), first)
     page = b.call(aten.add.Scalar, b.arange(count, key), first)
     slot = b.add(b.unsqueeze(b.mul(page, every), 1), b.unsqueeze(b.arange(every, key), 0))  # [R, every]

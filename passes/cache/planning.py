@@ -33,7 +33,7 @@ from tokcc.passes.piece import resolve_piece
 from tokcc.passes.prompt.planning import make_prompt_plan
 from tokcc.passes.prompt.unmerge_planning import plan_unmerge
 from tokcc.passes.sparse.plan import PlannedSparse
-from tokcc.passes.sparse.planning import joined, model_selection, plan_sparse
+from tokcc.passes.sparse.planning import joined, model_selections, plan_sparse
 from tokcc.passes.trained import with_weights
 
 __all__ = ["make_cache_plan"]
@@ -50,7 +50,7 @@ def make_cache_plan(policy: LoadedPolicy, program: Program, sites: tuple[CacheSi
     """
     windows = sliding_windows(program, sites)
     key_biases = find_key_biases(program, sites)
-    own = {layer: model_selection(layer, bias) for layer, bias in key_biases.items() if bias.most}
+    own = model_selections(sites, key_biases)
     forms = _forms(program, sites)
     evictions: list[PlannedEviction] = []
     storages: dict[int, PlannedStorage] = {}

@@ -9,6 +9,8 @@ import torch
 from torch import fx
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
+from tokcc.analysis.cache_sites import CacheSite
+from tokcc.capture.hf_decoder import INDEX
 from tokcc.ir.program import PassResult, Program
 from tokcc.passes.cache.attending import ATTEND, CacheAttention
 from tokcc.passes.cache.beside import TOKENS, Beside
@@ -42,6 +44,12 @@ class RebuildCaches:
             return PassResult(program, False)
         rebuilt = _Rebuild(program, self.plan)
         return PassResult(rebuilt.run(), True)
+
+
+def _own(site: CacheSite) -> dict[str, tuple[str, int]]:
+    """Return the input and the place of the output of what a layer of the model itself caches, by name."""
+    own = {"key": (site.past_key, site.present_key), "value": (site.past_value, site.present_value)}
+    return own if site.index is None else {**own, INDEX: (site.index.past, site.index.present)}
 
 
 class _Rebuild(CacheAttention):
@@ -114,11 +122,11 @@ class _Rebuild(CacheAttention):
         return self.beside.own(self.b, handle, 1)
 
     def _pairs(self) -> dict[int, str]:
-        """Return what takes the place of the model's own cache outputs: the first group's keys and values."""
+        """Return what takes the place of the model's own cache outputs: what the first group holds of that name."""
         return {
             position: self.groups[site.layer][0].name(part, "present")
             for site in self.plan.sites
-            for part, position in (("key", site.present_key), ("value", site.present_value))
+            for part, (_, position) in _own(site).items()
         }
 
     def _inputs(self) -> list[InputSpec]:
@@ -126,7 +134,7 @@ class _Rebuild(CacheAttention):
         caches = {
             name: (self.groups[site.layer][0], part)
             for site in self.plan.sites
-            for part, name in (("key", site.past_key), ("value", site.past_value))
+            for part, (name, _) in _own(site).items()
         }
         for node in self.program.graph.nodes:
             if node.op != "placeholder":
@@ -180,7 +188,7 @@ class _Rebuild(CacheAttention):
     def _needed(self) -> list[fx.Node]:
         """Return the nodes that the outputs need when attention reads only queries and new keys and values."""
         needed: set[fx.Node] = set()
-        caches = {position for site in self.plan.sites for position in (site.present_key, site.present_value)}
+        caches = {position for site in self.plan.sites for _, position in _own(site).values()}
         outputs = [v for i, v in enumerate(self.program.output_values) if i not in caches]
         work = [value for value in outputs if isinstance(value, fx.Node)]
         work += [self.nodes[site.output] for site in self.plan.sites]

@@ -248,6 +248,29 @@ class CacheStorage(Piece):
         """
         raise NotImplementedError
 
+    def held_rows(self, b: Builder, state: Any, pages: Touched) -> Any:
+        """Return the rows of pages before a call ``[B, heads, R, width]``, for storages that are `paged`.
+
+        Of pages that did not exist any finite numbers.
+
+        Args:
+            b: The builder.
+            state: What was held.
+            pages: Which pages.
+        """
+        raise NotImplementedError
+
+    def held_whole(self, b: Builder, state: Any) -> Any:
+        """Return the row of a whole text before a call ``[B, heads, 1, width]``, for storages that are `paged`.
+
+        Before the first call any finite numbers.
+
+        Args:
+            b: The builder.
+            state: What was held.
+        """
+        raise NotImplementedError
+
     def waits(self) -> int:
         """Return how many tokens may come in before the first of them is held in another form than it came."""
         return 0

@@ -14,7 +14,7 @@ from tokcc.passes.cache.runs import prefix, run_from
 from tokcc.passes.cache.visible import places_in_text, slot_rank
 from tokcc.passes.sparse.turning import Turn, turned_back
 
-__all__ = ["FORCED", "HIDDEN", "BlockList", "Share", "SparseCut"]
+__all__ = ["FORCED", "HIDDEN", "BlockList", "Indexed", "Share", "SparseCut"]
 
 aten = torch.ops.aten
 ops = torch.ops.tokcc
@@ -42,6 +42,27 @@ class BlockList:
     count: Any
 
 
+@dataclass(frozen=True)
+class Indexed:
+    """What the model's own indexer compares the tokens of a call by.
+
+    Attributes:
+        query: ``[B, heads, S, W]``.
+        gate: ``[B, heads, S, 1]``.
+        scale: Factor of the products.
+    """
+
+    query: Any
+    gate: Any
+    scale: float
+
+    def rated(self, b: Builder, keys: Any) -> Any:
+        """Return what the indexer rates ``[B, 1, N, W]``: fp32 ``[B, 1, S, N]``."""
+        wide = b.transpose(b.cast(keys, torch.float32), 2, 3)
+        products = b.clamp_min(b.mul(b.matmul(b.cast(self.query, torch.float32), wide), self.scale), 0.0)
+        return b.sum(b.mul(products, b.cast(self.gate, torch.float32)), 1, keepdim=True)
+
+
 @dataclass
 class SparseCut:
     """The attention of one layer in one call, before anything is computed.
@@ -67,6 +88,8 @@ class SparseCut:
         buffers: Where keys and values are held, ``[B, Hkv, N, D]`` with N at least L; None = as above.
         states: What the score remembers of blocks, by name: ``[B, heads, rows, width]`` with at least as many rows as
             there are blocks.
+        before: What was remembered of the whole text before the call, by name: ``[B, heads, 1, width]``; any numbers
+            in the first one.
         larger: For selectors that want ratings of larger blocks, the same call in those and their ratings, by how many
             of its blocks are in one.
         lists: What was chosen in the layers in front, by layer.
@@ -74,6 +97,7 @@ class SparseCut:
         unturned: The queries before their positions turn them; None where no piece wants them.
         turns: What turns queries and keys ``[B, heads, N, D]`` to positions int64 ``[B, N]``; None likewise.
         bias: What the model itself adds to the logits of keys, ``[B, Hkv, L]``; None = nothing.
+        indexed: What the model's own indexer compares the tokens by; None = there is no indexer.
     """
 
     b: Builder
@@ -92,12 +116,14 @@ class SparseCut:
     block_k: int
     buffers: tuple[Any, Any] | None = None
     states: Mapping[str, Any] = field(default_factory=dict)
+    before: Mapping[str, Any] = field(default_factory=dict)
     larger: Mapping[int, tuple[SparseCut, Any]] = field(default_factory=dict)
     lists: dict[int, BlockList] = field(default_factory=dict)
     single: bool = False
     unturned: Any = None
     turns: tuple[Turn, Turn] | None = None
     bias: Any = None
+    indexed: Indexed | None = None
 
     def of_last(self) -> SparseCut:
         """Return what the last token of the call asks: shapes are those of a call with one token."""
@@ -107,7 +133,12 @@ class SparseCut:
             return None if x is None else b.unsqueeze(b.call(aten.select.int, x, 2, -1), 2)
 
         past = b.sub_sizes(self.total, 1)
-        return replace(self, query=last(self.query), unturned=last(self.unturned), past=past, new=1, single=True)
+        indexed = self.indexed
+        if indexed is not None:
+            indexed = replace(indexed, query=last(indexed.query), gate=last(indexed.gate))
+        return replace(
+            self, query=last(self.query), unturned=last(self.unturned), past=past, new=1, single=True, indexed=indexed
+        )
 
     def of_blocks(self, table: Any) -> Any:
         """Return ``[..., rows]``, which may have rows for blocks that do not exist yet, as ``[..., M]``."""
@@ -241,6 +272,13 @@ class SparseCut:
     def counts(self) -> Any:
         """Real keys of every block, fp32 ``[B, M]``."""
         return self.b.sum(self.by_key(self.b.cast(self.real, torch.float32), 1), 2)
+
+    @cached_property
+    def seen(self) -> Any:
+        """Real tokens in front of the call, fp32 ``[B, 1]``."""
+        b = self.b
+        everyone, own = (b.sum(b.cast(x, torch.float32), 1, keepdim=True) for x in (self.real, self.real_rows))
+        return b.sub(everyone, own)
 
     @cached_property
     def query_counts(self) -> Any:

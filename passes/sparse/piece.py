@@ -29,6 +29,21 @@ class _SparsePiece(Piece):
     """True when it reads which tokens a call brings."""
     wants_bias: ClassVar[bool] = False
     """True when it reads what the model itself adds to the logits of keys."""
+    wants_queries: ClassVar[bool] = False
+    """True when what it remembers is made of the queries of a call, too."""
+    wants_index: ClassVar[bool] = False
+    """True when it reads what the model's own indexer compares tokens by."""
+    goes_on: ClassVar[bool] = False
+    """True when what it remembers is made of what it remembered."""
+
+    def fitted(self, sizes: Mapping[str, int]) -> Self:
+        """Return the piece as a model of certain sizes needs it.
+
+        Args:
+            sizes: ``query_heads``, ``heads``, ``head_width``, ``layers``; ``index_width`` where there is an indexer.
+        """
+        del sizes
+        return self
 
     def check(self, block_q: int, block_k: int) -> None:
         """Refuse blocks that cannot be rated.

@@ -91,7 +91,7 @@ class PlannedSparse:
     @property
     def reads_calls(self) -> bool:
         """Whether something is made of what only the call knows in which a token comes."""
-        return any(piece.wants_ids or piece.wants_bias for piece in self.pieces)
+        return any(piece.wants_ids or piece.wants_bias or piece.goes_on or piece.wants_index for piece in self.pieces)
 
     def states(self, kv_heads: int, width: int, dtype: torch.dtype) -> tuple[PageState, ...]:
         """Return what the pieces remember of blocks of a layer with such keys, of every size."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import torch
+from torch import fx
 
 from tokcc.analysis.cache_sites import CacheSite
 from tokcc.analysis.key_bias import KeyBias
@@ -21,12 +22,13 @@ from tokcc.passes.chosen_layers import chosen_layers
 from tokcc.passes.piece import parts_of, resolve_piece
 from tokcc.passes.sparse.piece import SparseScore, SparseSelector
 from tokcc.passes.sparse.plan import MODEL, PlannedSparse
+from tokcc.passes.sparse.scores.index_products import IndexProducts
 from tokcc.passes.sparse.scores.key_bias import KeyBiasScore
 from tokcc.passes.sparse.selectors.best_blocks import BestBlocks
 from tokcc.passes.trained import with_weights
 from tokcc.passes.unused_keys import refuse_keys
 
-__all__ = ["joined", "model_selection", "plan_sparse"]
+__all__ = ["joined", "model_selections", "plan_sparse"]
 
 _CALLS = {"prefill": (2, 2**62), "decode": (0, 1), "both": (0, 2**62)}
 
@@ -105,6 +107,7 @@ def plan_sparse(
     ):
         select.check_layers(layers)
     _check_biases(step, place("score"), score, select, layers, biases, warnings)
+    _check_index(step, policy.where(("steps", number)), score, select, [sites[layer] for layer in layers])
     _check_ids(step, place("select"), score, select, program)
     counts = planned_counts(policy, number, step, layers, len(windows))
     if not select.budgeted:
@@ -121,15 +124,10 @@ def plan_sparse(
                 help="`tokcc inspect MODEL` lists layers and heads",
             ):
                 piece.check_heads(layer, int(shape[1]))
-    first = min(layers)
-    sizes = {
-        "query_heads": int(shapes[first][1]),
-        "heads": int(nodes[sites[first].new_key].meta["val"].shape[1]),
-        "head_width": int(shapes[first][3]),
-        "layers": len(sites),
-    }
-    score = None if score is None else with_weights(score, sizes, folder=policy.folder, where=place("score"))
-    select = with_weights(select, sizes, folder=policy.folder, where=place("select"))
+    sizes = {layer: _sizes(sites, layer, nodes) for layer in layers}
+    first = sizes[min(layers)]
+    score = None if score is None else with_weights(score, first, folder=policy.folder, where=place("score"))
+    select = with_weights(select, first, folder=policy.folder, where=place("select"))
     for layer, count in zip(layers, counts, strict=True):
         if count.kind == "remove":
             raise PlanError(
@@ -150,10 +148,18 @@ def plan_sparse(
             block_q=blocks.query,
             block_k=blocks.key,
             budget=_in_blocks(count, blocks.key),
-            score=score,
-            select=select,
+            score=None if score is None else score.fitted(sizes[layer]),
+            select=select.fitted(sizes[layer]),
             rotations=rotations,
         )
+
+
+def _sizes(sites: Sequence[CacheSite], layer: int, nodes: Mapping[str, fx.Node]) -> dict[str, int]:
+    """Return the sizes of a layer by what pieces call them."""
+    site = sites[layer]
+    query, key = (nodes[name].meta["val"].shape for name in (site.query, site.new_key))
+    sizes = {"query_heads": int(query[1]), "heads": int(key[1]), "head_width": int(query[3]), "layers": len(sites)}
+    return sizes if site.index is None else {**sizes, "index_width": site.index.width}
 
 
 @contextmanager
@@ -198,6 +204,28 @@ def _check_biases(
         )
 
 
+def _check_index(
+    step: Step, where: str, score: SparseScore | None, select: SparseSelector, sites: Sequence[CacheSite]
+) -> None:
+    """Refuse what reads an indexer where there is none, and what takes its place."""
+    wants = any(getattr(piece, "wants_index", False) for piece in parts_of(score, select))
+    for site in sites:
+        if wants and site.index is None:
+            raise PlanError(
+                f"`{step.name}` chooses by the model's own indexer, and layer {site.layer} has none",
+                policy=where,
+                needed="a model with DeepSeek Sparse Attention (DeepSeek-V3.2, GLM-5)",
+                help="use a method that needs no training: `tokcc presets` lists them",
+            )
+        if site.index is not None and not wants:
+            raise PlanError(
+                f"layer {site.layer} sees the keys that the model's own indexer chooses, and `{step.name}` would take"
+                " its place",
+                policy=where,
+                help="use `hisa`, which asks the indexer",
+            )
+
+
 def _check_ids(step: Step, where: str, score: SparseScore | None, select: SparseSelector, program: Program) -> None:
     """Refuse pieces that read which tokens a call brings where the model is given something else."""
     names = [program.public_name(node) for node in program.user_inputs]
@@ -211,21 +239,34 @@ def _check_ids(step: Step, where: str, score: SparseScore | None, select: Sparse
         )
 
 
-def model_selection(layer: int, bias: KeyBias) -> PlannedSparse:
-    """Return what a layer does that sees no more than the keys with the largest bias, as the model itself does it."""
+def model_selections(sites: Sequence[CacheSite], biases: Mapping[int, KeyBias]) -> dict[int, PlannedSparse]:
+    """Return what layers do whose queries see no more than some keys, as the model itself chooses them."""
+    made: dict[int, PlannedSparse] = {}
+    for site in sites:
+        bias = biases.get(site.layer)
+        if site.index is not None:
+            index = IndexProducts().fitted({"index_width": site.index.width})
+            made[site.layer] = _model_selection(site.layer, "best_by_index", site.index.most, index)
+        elif bias is not None and bias.most:
+            made[site.layer] = _model_selection(site.layer, "largest_bias", bias.most, KeyBiasScore(remember=False))
+    return made
+
+
+def _model_selection(layer: int, name: str, most: int, score: SparseScore) -> PlannedSparse:
+    """Return what a layer does that sees no more than the best keys, every query its own."""
 
     def planned(new: tuple[int, int], then: PlannedSparse | None) -> PlannedSparse:
         return PlannedSparse(
             step=MODEL,
             layer=layer,
-            name="largest_bias",
+            name=name,
             where="the model itself",
             new=new,
-            least=bias.most + 1,
+            least=most + 1,
             block_q=1,
             block_k=1,
-            budget=Count("tokens", Fraction(bias.most)),
-            score=KeyBiasScore(remember=False),
+            budget=Count("tokens", Fraction(most)),
+            score=score,
             select=BestBlocks(own=False),
             then=then,
         )

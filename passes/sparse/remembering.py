@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tokcc.ir.builder import Builder
-from tokcc.passes.cache.pages import PageState, Touched, all_pages, touched_pages
+from tokcc.passes.cache.pages import WHOLE, Asked, PageState, Touched, all_pages, touched_pages
 from tokcc.passes.cache.runs import run_from, run_of
 from tokcc.passes.cache.storage import CacheForm, CacheStorage, Left
 from tokcc.passes.cache.visible import places_in_text
@@ -17,7 +17,7 @@ from tokcc.passes.sparse.piece import SparseScore, SparseSelector
 from tokcc.passes.sparse.plan import PlannedSparse, sized
 from tokcc.passes.sparse.turning import Turn
 
-__all__ = ["Entering", "with_new_tokens", "with_what_stays"]
+__all__ = ["Entering", "held_whole", "with_new_tokens", "with_what_stays"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Entering:
         total: L.
         ids: The call's own tokens, int64 ``[B, S]``; None = the model takes something else.
         bias: What the model itself adds to the logits of the call's own keys, ``[B, Hkv, S]``; None = nothing.
+        query: The call's queries ``[B, H, S, D]``; None where nobody wants them.
+        index: What the layer's indexer compares the call's own keys by, ``[B, 1, S, W]``; None = there is none.
     """
 
     key: Any
@@ -43,20 +45,29 @@ class Entering:
     total: Any
     ids: Any = None
     bias: Any = None
+    query: Any = None
+    index: Any = None
 
-    def pages(self, b: Builder, every: int, turn: Turn | None) -> Touched:
-        """Return the pages in which they lie.
+    def pages(self, b: Builder, every: int, turn: Turn | None, reach: int = 0) -> Touched:
+        """Return the pages in which they lie, and those of so many tokens in front of them.
 
         Args:
             b: The builder.
             every: Tokens of a page.
             turn: What turns keys, where somebody reads them as they were before; None = nobody.
+            reach: How many tokens in front.
         """
-        found = touched_pages(b, every, self.key, self.new_key, self.real, self.past, self.new, self.total)
-        found = replace(found, ids=self.ids, bias=self.bias)
+        found = touched_pages(b, every, self.key, self.new_key, self.real, self.past, self.new, self.total, reach)
+        found = replace(found, ids=self.ids, bias=self.bias, index=self.index)
         if turn is None:
             return found
         return replace(found, turns=turn, places=places_in_text(b, self.real))
+
+    def asked(self, b: Builder) -> Asked:
+        """Return their queries, and what else is known of the call."""
+        own = run_from(b, self.real, 1, self.past, self.new)
+        everyone, mine = (b.sum(b.cast(x, torch.float32), 1, keepdim=True) for x in (self.real, own))
+        return Asked(self.query, own, b.sub(everyone, mine), self.past, self.new)
 
 
 def with_new_tokens(
@@ -81,10 +92,32 @@ def with_new_tokens(
     """
     made = {}
     for piece, size, states in _remembering(planned, form):
-        pages = entering.pages(b, states[0].every, turn)
+        (every,) = {state.every for state in states} - {WHOLE}
+        whole = {sized(state.name, size) for state in states if state.every == WHOLE}
+        pages = entering.pages(b, every, turn, max(state.reach for state in states))
+        if piece.goes_on:
+            before = {
+                state.name: storage.held_rows(b, held[sized(state.name, size)], pages)
+                for state in states
+                if state.every != WHOLE
+            }
+            before |= held_whole(b, planned, form, storage, held)
+            pages = replace(pages, asked=entering.asked(b), held=before)
         for name, fresh in _rows(b, planned, piece, size, pages).items():
-            made[name] = storage.paged_rows(b, held[name], pages, fresh)
+            made[name] = fresh if name in whole else storage.paged_rows(b, held[name], pages, fresh)
     return made
+
+
+def held_whole(
+    b: Builder, planned: PlannedSparse, form: CacheForm, storage: CacheStorage, held: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what one step remembered of the whole text before a call, by name; arguments as for the above."""
+    return {
+        state.name: storage.held_whole(b, held[state.name])
+        for _, size, states in _remembering(planned, form)
+        for state in states
+        if state.every == WHOLE and size == 1
+    }
 
 
 def with_what_stays(b: Builder, planned: PlannedSparse, form: CacheForm, left: Left) -> dict[str, Any]:

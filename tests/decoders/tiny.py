@@ -13,6 +13,7 @@ from torch import nn
 from tokcc.capture.export import clean
 from tokcc.capture.functional import functional
 from tokcc.capture.hf_decoder import CausalDecoder, decoder_dynamic, decoder_inputs
+from tokcc.ir.own_sizes import with_own_sizes
 from tokcc.ir.program import Program
 
 __all__ = ["FAMILIES", "decoder_program", "model_of", "program_of", "random_model"]
@@ -30,6 +31,18 @@ _BASE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _GROUPED = {**_BASE, "num_key_value_heads": 2}
+_LATENT = {
+    **_BASE,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+}
 # Name -> configuration class and its settings.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _GROUPED),
@@ -64,6 +77,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     # Keys by a bias made from the values (Dynamic Mask Attention).
     "doge": ("DogeConfig", {**_GROUPED, "keep_window_size": 12}),
     "doge-mqa": ("DogeConfig", {**_BASE, "num_key_value_heads": 1, "keep_window_size": 12}),
+    # A latent of each token in place of keys and values; the last one with an indexer that chooses tokens.
+    "deepseek-v3": ("DeepseekV3Config", {**_LATENT, "first_k_dense_replace": 3}),
+    "deepseek-v32": (
+        "DeepseekV32Config",
+        # Many heads: of few all products may be below 0, and ratings equal.
+        {**_LATENT, "first_k_dense_replace": 3, "index_topk": 12, "index_head_dim": 16, "index_n_heads": 16},
+    ),
     "falcon": ("FalconConfig", {**_BASE, "multi_query": True, "new_decoder_architecture": False, "alibi": False}),
 }
 
@@ -93,9 +113,13 @@ def random_model(config: Any, attention: str) -> nn.Module:
     return model.eval()
 
 
-@functools.cache
 def program_of(family: str) -> Program:
-    """The clean program of a family, with its cache as inputs and outputs."""
+    """The clean program of a family, with its cache as inputs and outputs: no two share what they know of sizes."""
+    return with_own_sizes(_traced(family))
+
+
+@functools.cache
+def _traced(family: str) -> Program:
     return decoder_program(model_of(family, "sdpa"))
 
 

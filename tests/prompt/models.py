@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from tests.decoders.tiny import decoder_program, random_model
+from tokcc.ir.own_sizes import with_own_sizes
 from tokcc.ir.program import Program
 
 __all__ = ["IMAGE", "LAYERS", "VOCABULARY", "model_of", "program_of", "prompts", "texts"]
@@ -48,9 +49,13 @@ def model_of(family: str, attention: str = "eager") -> nn.Module:
     return random_model(getattr(transformers, name)(**{**_BASE, **settings}), attention)
 
 
-@functools.cache
 def program_of(family: str) -> Program:
-    """The clean program of a family, with its cache as inputs and outputs."""
+    """The clean program of a family, with its cache as inputs and outputs: no two share what they know of sizes."""
+    return with_own_sizes(_traced(family))
+
+
+@functools.cache
+def _traced(family: str) -> Program:
     return decoder_program(model_of(family, "sdpa"))
 
 

@@ -18,6 +18,8 @@ _WINDOWED = {**_CACHE, "window": 3}
 _SINGLE = {"tokens": 8, "length": 0, "at": {"layers": "1:"}}
 """For single tokens, whose first layers stay as they are."""
 
+_BLOCKS = {"block": 2, "sinks": 1, "local": 0}
+
 ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     # Encoders: 4 layers, 21 (text) or 64 tokens beside special ones.
     "biformer": {"regions": 4, "k": 3},
@@ -101,10 +103,12 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "tova": _CACHE,
     "zipcache": {"every": 10},
     # Sparse attention: the same calls, whose blocks would be as long as they are.
+    "actqkv": {"tokens": 4, "window": 2, **_BLOCKS, "near": 2, "representatives": 1, "length": 0},
     "dma": {"tokens": 7, "rows": 2, "length": 0},
     "landmark": {"token": 5, "block": 4, "tokens": 4},
     "dhsa": {"block": 4, "chunk": 2, "keep": 0.5, "sinks": 0, "local": 0, "length": 0},
     "flex-prefill": {"block": 2, "mass": 0.4, "divergence": 0.2, "least": 2, "length": 0},
+    "hisa": {"tokens": 4, "block": 2, "candidates": 3, "length": 0},
     "hip": {"block": 2, "found": 2, "sinks": 0, "local": 0, "longest": 64, "length": 0},
     "minference": {"block": 2, "columns": 2, "distances": 2, "queries": 4, "first": 1, "near": 1, "length": 0},
     "sale": {"block": 2, "key_block": 2, "sinks": 1, "near": 0, "theta": 0.4, "length": 0},

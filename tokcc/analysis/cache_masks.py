@@ -10,6 +10,7 @@ from torch import fx
 
 from tokcc.analysis.cache_sites import CacheSite
 from tokcc.analysis.key_bias import KeyBias, find_key_bias
+from tokcc.analysis.key_index import KeyIndex
 from tokcc.errors import PlanError
 from tokcc.ir.program import Program
 from tokcc.ir.reach import made_of
@@ -51,6 +52,8 @@ def sliding_windows(program: Program, sites: Sequence[CacheSite]) -> tuple[int, 
                 needed="a causal mask made from the lengths of the call",
                 help="export the model with a past of at least 2 and at least 2 new tokens",
             )
+        if site.index is not None:
+            _check_indexed(program, site, site.index, padding)
         if site.mask not in found:
             bias = find_key_bias(program, site)
             if bias is None:
@@ -111,6 +114,35 @@ def _check_biased(program: Program, site: CacheSite, mask: fx.Node, padding: str
                 f"the mask of layer {site.layer} is made from values, and not a bias of each key",
                 node=mask.name,
                 needed="a number for each key, added where a causal mask lets it be seen; of many keys the largest",
+                help="compile a model without such masks",
+            )
+
+
+def _check_indexed(program: Program, site: CacheSite, index: KeyIndex, padding: str | None) -> None:
+    """Refuse a mask that does not let the keys be seen which an indexer rates best of those that may be."""
+    generator = torch.Generator().manual_seed(0)
+    nodes = {node.name: node for node in program.graph.nodes}
+    query, gate, keys, mask = (nodes[str(name)] for name in (index.query, index.gate, index.joined, site.whole_mask))
+    heads = int(query.meta["val"].shape[2])
+    for batch, new, past in (*_TRIALS, (2, 5, index.most + 3)):
+        real = torch.ones(batch, past + new, dtype=torch.bool)
+        if padding is not None and past > 2:
+            real[0, :2] = False
+        shapes = {query: (new, heads, index.width), gate: (new, 1, heads), keys: (1, past + new, index.width)}
+        given = {n: torch.randn(batch, *s, generator=generator).to(n.meta["val"].dtype) for n, s in shapes.items()}
+        (found,) = _evaluated(program, [mask], padding, real, new, given)
+        products = given[query].float() @ given[keys].float().transpose(2, 3)  # [B, S, heads, L]
+        rated = (given[gate].float() @ torch.relu(products * index.scale))[:, :, 0]
+        slot = torch.arange(past + new)
+        seen = (slot <= slot[past:, None]) & real[:, None, :]
+        best = rated.masked_fill(~seen, -torch.inf).topk(min(index.most, past + new)).indices
+        wanted = seen & torch.zeros_like(seen).scatter(2, best, True)
+        rows = real[:, past:]
+        if not torch.equal(found.expand(batch, 1, new, past + new)[:, 0][rows], wanted[rows]):
+            raise PlanError(
+                f"the mask of layer {site.layer} is made by an indexer, and not the keys that it rates best",
+                node=mask.name,
+                needed="the largest sums over heads of a gate times the positive part of a product",
                 help="compile a model without such masks",
             )
 

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from tokcc.analysis.attention_sites import AttentionSite, attention_sites
+from tokcc.analysis.key_index import Joined, KeyIndex, find_key_index
 from tokcc.ir.program import Program
 
 __all__ = ["CacheSite", "cache_sites"]
@@ -46,9 +47,11 @@ class CacheSite:
         present_value: Position of the values among the outputs.
         output: The attended values ``[B, H, S, Dv]``.
         query: ``[B, H, S, D]``.
-        mask: The mask that the attention reads, or None.
+        mask: The mask that the attention reads, or None; without what an indexer chooses.
         scale: Factor of the logits.
         softcap: Cap of the logits, 0 = none.
+        whole_mask: The mask that the attention reads, with what an indexer chooses.
+        index: What chooses the keys that are seen; None = nothing.
     """
 
     layer: int
@@ -65,16 +68,8 @@ class CacheSite:
     mask: str | None
     scale: float
     softcap: float
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """A past input with the new tokens behind it."""
-
-    past: fx.Node
-    new: fx.Node
-    joined: fx.Node
-    present: int
+    whole_mask: str | None = None
+    index: KeyIndex | None = None
 
 
 def cache_sites(program: Program) -> tuple[CacheSite, ...]:
@@ -90,6 +85,9 @@ def cache_sites(program: Program) -> tuple[CacheSite, ...]:
         if logits is None:
             continue
         mask, scale, softcap = logits
+        index = None if mask is None else find_key_index(nodes[mask], joined)
+        if index is not None and any(other.index is not None and other.index.past == index.past for other in found):
+            index = None  # chosen in another layer: the mask is what it is
         found.append(
             CacheSite(
                 layer=len(found),
@@ -103,7 +101,9 @@ def cache_sites(program: Program) -> tuple[CacheSite, ...]:
                 present_value=value.present,
                 output=site.output,
                 query=site.query,
-                mask=mask,
+                mask=mask if index is None else index.mask,
+                whole_mask=mask,
+                index=index,
                 scale=scale,
                 softcap=softcap,
             )
@@ -111,7 +111,7 @@ def cache_sites(program: Program) -> tuple[CacheSite, ...]:
     return tuple(found)
 
 
-def _joined(program: Program) -> Iterator[_Joined]:
+def _joined(program: Program) -> Iterator[Joined]:
     """Yield the inputs of four axes that are concatenated with something on axis 2 and leave again."""
     outputs = program.output_values
     for past in program.user_inputs:
@@ -124,7 +124,7 @@ def _joined(program: Program) -> Iterator[_Joined]:
         places = [i for i, value in enumerate(outputs) if _through_slices(value) is joined]
         parts: Any = joined.args[0]
         if len(places) == 1 and len(parts) == 2:
-            yield _Joined(past, parts[1], joined, places[0])
+            yield Joined(past, parts[1], joined, places[0])
 
 
 def _last_join(past: fx.Node) -> fx.Node | None:

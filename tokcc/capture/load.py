@@ -54,6 +54,7 @@ def load(
     task: str | None = None,
     dtype: str | torch.dtype | None = None,
     allow_pickle: bool = False,
+    or_dynamic: Sequence[str] = (),
 ) -> Loaded:
     """Load a model.
 
@@ -66,6 +67,7 @@ def load(
         task: The task of a Hugging Face folder.
         dtype: Cast the model and its floating example inputs.
         allow_pickle: Permit files that can run code when they are loaded.
+        or_dynamic: Like `dynamic`, for a model that brings no dynamic axes of its own.
 
     Returns:
         The module in eval mode (a copy, where a module given from Python has to change) or the program, with inputs.
@@ -89,7 +91,12 @@ def load(
         _refuse_both(dynamic_shapes is not None or ranges, "dynamic axes", "an exported program, whose axes are fixed")
         return _finish_program(loaded, loaded.exported, example_inputs, specs, wanted)
     assert loaded.module is not None
-    return _finish_module(loaded, loaded.module, example_inputs, specs, dynamic_shapes, ranges, wanted)
+    finished = _finish_module(loaded, loaded.module, example_inputs, specs, dynamic_shapes, ranges, wanted)
+    if finished.dynamic_shapes is None and dynamic_shapes is None and or_dynamic:
+        assert finished.module is not None
+        named = bind_names(finished.module, finished.example_args, finished.example_kwargs)
+        return replace(finished, dynamic_shapes=dynamic_from_ranges(parse_dynamic(or_dynamic), named))
+    return finished
 
 
 def _refuse_both(both: object, first: str, second: str) -> None:

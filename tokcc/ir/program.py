@@ -81,6 +81,9 @@ class Program:
         """Return a self-contained ``ExportedProgram`` over this graph."""
         module = fx.GraphModule(torch.nn.Module(), self.graph)
         used = {spec.target for spec in self.signature.input_specs if spec.target is not None}
+        # Examples without the inputs that passes added fit no call: torch binds them whenever it makes a module.
+        examples = self.origin.example_inputs
+        fit = len(pytree.tree_leaves(examples)) >= len(self.user_inputs)
         return ExportedProgram(
             root=module,
             graph=module.graph,
@@ -88,7 +91,7 @@ class Program:
             state_dict={name: value for name, value in self.state_dict.items() if name in used},
             range_constraints=self._range_constraints(),
             module_call_graph=[self._call_entry()],
-            example_inputs=self.origin.example_inputs,
+            example_inputs=examples if fit else None,
             constants={name: value for name, value in self.constants.items() if name in used},
             verifiers=list(self.origin.verifiers),
         )
@@ -156,10 +159,29 @@ class Program:
                 for expression in (size.node.expr, size.node._expr):
                     if expression.is_symbol:
                         known[expression] = int(number)
-        for symbol, expression in self.symbols.items():
-            if expression.free_symbols <= known.keys():
-                known[symbol] = int(expression.xreplace({k: sympy.Integer(v) for k, v in known.items()}))
-        return known
+        return self.settled(known)
+
+    def settled(self, known: Mapping[Any, int]) -> dict[Any, int]:
+        """Return known sizes and all that reductions made of them, by every symbol that torch has for them.
+
+        Programs of one trace share their symbols: a size that was found equal to one of another program has that
+        one's symbol from then on, and its definition the earlier one.
+        """
+        found = dict(known)
+        inputs = (node.meta.get("val") for node in self.user_inputs)
+        sizes: Iterator[Any] = (size for fake in inputs if isinstance(fake, torch.Tensor) for size in fake.shape)
+        environment = next((size.node.shape_env for size in sizes if not isinstance(size, int)), None)
+        for symbol, definition in self.symbols.items():
+            expression = definition
+            if environment is not None and not expression.free_symbols <= found.keys():
+                expression = environment.replace(definition)
+            if not expression.free_symbols <= found.keys():
+                continue
+            found[symbol] = int(expression.xreplace({k: sympy.Integer(v) for k, v in found.items()}))
+            now = symbol if environment is None else environment.replace(symbol)
+            if now.is_symbol:
+                found.setdefault(now, found[symbol])
+        return found
 
     def ranges(self) -> dict[Any, tuple[int, int | None]]:
         """Return the smallest and largest value of every size symbol of the inputs; None = unbounded."""

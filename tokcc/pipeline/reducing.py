@@ -11,6 +11,7 @@ from tokcc.analysis.state_sites import StateSite, state_sites
 from tokcc.capture.fold_constants import FoldConstants
 from tokcc.config import LoadedPolicy
 from tokcc.errors import PlanError
+from tokcc.ir.own_sizes import with_own_sizes
 from tokcc.ir.program import Program
 from tokcc.ir.verify import verify
 from tokcc.passes.cache.head import LastTokenHead
@@ -75,6 +76,7 @@ def reduce_program(program: Program, policy: LoadedPolicy, stages: Stages, *, sl
         slicing: Apply demand slicing.
     """
     with stages.stage("annotate"):
+        program = with_own_sizes(program)
         caches = cache_sites(program)
         scans = () if caches else state_sites(program)
         _refuse_other_parts(policy, "decoder" if caches or scans else "encoder")

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.pages import Touched
+from tokcc.passes.cache.runs import run_from
 from tokcc.passes.cache.storage import CacheForm, CacheStorage, Held, Left, Stored
 
 __all__ = ["InPlace"]
@@ -70,6 +71,15 @@ class InPlace(CacheStorage):
         """See :class:`CacheStorage`."""
         place = b.call(aten.add.Scalar, b.arange(pages.count, fresh), pages.first)
         return b.call(aten.index_copy.default, state, 2, place, fresh)
+
+    def held_rows(self, b: Builder, state: Any, pages: Touched) -> Any:
+        """See :class:`CacheStorage`."""
+        return run_from(b, state, 2, pages.first, pages.count)
+
+    def held_whole(self, b: Builder, state: Any) -> Any:
+        """See :class:`CacheStorage`."""
+        del b
+        return state
 
     def write(self, b: Builder, form: CacheForm, tensors: Mapping[str, Any], left: Left) -> dict[str, Any]:
         """See :class:`InPlace`."""

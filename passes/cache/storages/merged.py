@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 
 from tokcc.ir.builder import Builder
-from tokcc.passes.cache.pages import Touched
-from tokcc.passes.cache.runs import run_of
+from tokcc.passes.cache.pages import WHOLE, Touched
+from tokcc.passes.cache.runs import run_from, run_of
 from tokcc.passes.cache.storage import CacheForm, CacheStorage, Front, Held, Left, Stored
 
 __all__ = ["Merged"]
@@ -18,7 +18,7 @@ __all__ = ["Merged"]
 class Merged(CacheStorage):
     """Keys and values as the model makes them, as many as there are; every state is a tensor ``[B, Hkv, P, 1]``.
 
-    States of pages grow by a row with every page.
+    States of pages grow by a row with every page; that of a whole text has one from the first call on.
     """
 
     kind: ClassVar[str] = "merged"
@@ -33,8 +33,8 @@ class Merged(CacheStorage):
         )
         states = self.state_tensors(form)
         states += tuple(
-            # A row for every token is as long as the cache.
-            Stored(p.name, p.heads, p.width, p.dtype, "slots" if p.every == 1 else f"pages_{p.every}")
+            # A row for every token is as long as the cache; of a whole text there is one behind its first call.
+            Stored(p.name, p.heads, p.width, p.dtype, {1: "slots", WHOLE: "text"}.get(p.every, f"pages_{p.every}"))
             for p in form.pages
         )
         if not form.front:
@@ -69,3 +69,15 @@ class Merged(CacheStorage):
         """See :class:`CacheStorage`."""
         whole = b.shape(pages.key)[3] == 1  # pages of one token are never touched again
         return b.cat([state if whole else run_of(b, state, 2, 0, pages.first), fresh], 2)
+
+    def held_rows(self, b: Builder, state: Any, pages: Touched) -> Any:
+        """See :class:`CacheStorage`."""
+        sizes = [b.size(state, 0), int(b.shape(state)[1]), pages.count, int(b.shape(state)[3])]
+        more = b.full(sizes, 0.0, b.dtype(state), pages.key)
+        return run_from(b, b.cat([state, more], 2), 2, pages.first, pages.count)
+
+    def held_whole(self, b: Builder, state: Any) -> Any:
+        """See :class:`CacheStorage`."""
+        nothing = b.full([b.size(state, 0), *map(int, (b.shape(state)[1], 1, b.shape(state)[3]))], 0.0,
+                         b.dtype(state), state)  # fmt: skip
+        return b.unsqueeze(b.call(torch.ops.aten.select.int, b.cat([nothing, state], 2), 2, -1), 2)
