@@ -2,6 +2,7 @@
 
 python -m benchmarks.gpu_check [--no-speed]
 
+The kernels of the TensorRT plugins are launched as TensorRT would, from their PTX through the CUDA driver.
 Writes ``benchmarks/results/<device>.json`` and fails when a kernel's results are off.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import environment
+from benchmarks import environment, gpu_check_plugins
 from benchmarks.gpu_check_cases import CHECKS, DTYPES, Args, Check, prefill
 from tokcc.kernels.configs import row
 from tokcc.kernels.decompositions import overload, triton_forms
@@ -43,14 +44,16 @@ def main(arguments: list[str] | None = None) -> int:
     content: dict[str, Any] = {
         "environment": {**environment.describe(torch.get_num_threads()), "gpu": name, "arch": arch_of(device)},
         "results": [correct(op, dtype, device) for op in sorted(triton_forms()) for dtype in DTYPES],
+        "tensorrt_plugins": gpu_check_plugins.check_all(TOLERANCE, device),
     }
     if not options.no_speed:
         content["speed"] = {op: speed(op, check, device) for op, check in CHECKS.items()}
         content["prefill"] = [prefill_speed(kept, device) for kept in KEPT]
     path = environment.write_results(re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_"), content)
-    print(json.dumps(content["results"], indent=1))
+    results = [*content["results"], *content["tensorrt_plugins"]]
+    print(json.dumps(results, indent=1))
     print(path)
-    return 0 if all(result["ok"] for result in content["results"]) else 1
+    return 0 if all(result["ok"] for result in results) else 1
 
 
 def tensors(found: Any) -> list[Tensor]:

@@ -53,12 +53,14 @@ class Built:
         registers: Registers of a thread.
         spills: Bytes of a thread that went to local memory.
         shared: Bytes of shared memory of a block.
+        scratch: Bytes of global memory that Triton's launcher would hand in.
     """
 
     ptx: str = field(repr=False)
     registers: int
     spills: int
     shared: int
+    scratch: int = 0
 
     def fits(self, arch: int) -> bool:
         """Whether the kernel runs on the architecture without spilling."""
@@ -93,7 +95,9 @@ def build(case: Case, config: Config, arch: int) -> Built:
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx: str = compiled.asm["ptx"]
     registers, spills = _resources(ptx, Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
-    return Built(ptx, registers, spills, int(compiled.metadata.shared))
+    metadata = compiled.metadata
+    scratch = metadata.global_scratch_size + metadata.profile_scratch_size
+    return Built(ptx, registers, spills, int(metadata.shared), int(scratch))
 
 
 def _resources(ptx: str, tools: Path) -> tuple[int, int]:

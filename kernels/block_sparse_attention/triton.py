@@ -12,7 +12,7 @@ from tokcc.kernels.configs import Config, choose, dtype_of, kind
 from tokcc.kernels.device import capped, exp2_shift, load
 from tokcc.kernels.gpu import Runner, arch_of, interpreted, plain, pow2, precision, row_major
 
-__all__ = ["block_sparse_attention_triton", "cases", "launch"]
+__all__ = ["block_sparse_attention_plugin", "block_sparse_attention_triton", "cases", "launch"]
 
 _OP = "block_sparse_attention"
 _LOG2E = 1.4426950408889634
@@ -120,6 +120,51 @@ def _attend(
     acc = acc / tl.where(mass > 0, mass, 1.0)[:, None]  # a row that saw nothing is zero
     out = Out + ((sample.to(tl.int64) * heads + head) * rows + row[:, None]) * DV + dv[None, :]
     tl.store(out, acc.to(Out.dtype.element_ty), mask=own[:, None] & (dv < DV)[None, :])
+
+
+@triton.jit
+def block_sparse_attention_plugin(
+    Q,
+    K,
+    V,
+    Index,
+    Count,
+    Valid,
+    rows,
+    stored,
+    keys,
+    heads,
+    groups,
+    lists,
+    row_blocks,
+    slots,
+    Out,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    DP: tl.constexpr,
+    DVP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UP: tl.constexpr,
+):
+    """The kernel for contiguous tensors, its arguments in the order of a TensorRT plugin: inputs, sizes, outputs."""
+    q_h = tl.cast(rows, tl.int64) * D
+    k_h = tl.cast(stored, tl.int64) * D
+    v_h = tl.cast(stored, tl.int64) * DV
+    kv_heads = heads // groups
+    _attend(
+        Q, K, V, Index, Count, Valid, Q, Out, rows, keys, heads, groups, lists, row_blocks, slots,
+        q_h * heads, q_h, D, k_h * kv_heads, k_h, D, v_h * kv_heads, v_h, DV, keys, 0, 0, SCALE, CAP,
+        BLOCK_Q, BLOCK_K, BQ, BK, D, DV, DP, DVP, CAUSAL, HAS_VALID, CAPPED, False, PRECISION, UP,
+    )  # fmt: skip
 
 
 def launch(

@@ -11,7 +11,7 @@ from tokcc.kernels.compile import Case
 from tokcc.kernels.configs import Config, choose, dtype_of, kind
 from tokcc.kernels.gpu import Runner, arch_of, plain, row_major
 
-__all__ = ["cases", "launch", "merge_tokens_triton"]
+__all__ = ["cases", "launch", "merge_tokens_plugin", "merge_tokens_triton"]
 
 _OP = "merge_tokens"
 
@@ -75,6 +75,33 @@ def _merge(
     tl.store(Out + at[:, None] * channels + channel[None, :], acc.to(Out.dtype.element_ty), mask=own[:, None] & wide)
     if tl.program_id(1) == 0:
         tl.store(Total + at, total.to(Total.dtype.element_ty), mask=own)
+
+
+@triton.jit
+def merge_tokens_plugin(
+    X,
+    Weight,
+    Keep,
+    Source,
+    Slot,
+    tokens,
+    kept,
+    gone,
+    Out,
+    Total,
+    CHANNELS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The kernel for contiguous tensors, its arguments in the order of a TensorRT plugin: inputs, sizes, outputs."""
+    x_b = tokens * CHANNELS
+    _merge(
+        X, Weight, Keep, Source, Slot, Out, Total, kept, gone, CHANNELS, FIRST, x_b, CHANNELS, tokens,
+        WEIGHTED, BT, BR, BC,
+    )  # fmt: skip
 
 
 def launch(

@@ -12,12 +12,94 @@ from tokcc.kernels.configs import Config, choose, dtype_of, kind
 from tokcc.kernels.device import capped, exp2_shift, load
 from tokcc.kernels.gpu import Runner, arch_of, interpreted, multiprocessors, plain, pow2, precision, row_major
 
-__all__ = ["cases", "launch", "sparse_decode_triton"]
+__all__ = ["cases", "launch", "sparse_decode_plugin", "sparse_decode_triton"]
 
 _OP = "sparse_decode"
 _LOG2E = 1.4426950408889634
 _PARTS = 64
 """Parts of a list at most: the second kernel walks them one by one."""
+
+
+@triton.jit
+def _walk(
+    Q,
+    K,
+    V,
+    Index,
+    Count,
+    Valid,
+    sample,
+    first,
+    part,
+    keys,
+    heads,
+    kv_heads,
+    lists,
+    slots,
+    length,
+    q_b,
+    q_h,
+    k_b,
+    k_h,
+    k_n,
+    v_b,
+    v_h,
+    v_n,
+    valid_b,
+    scale,
+    cap,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    RP: tl.constexpr,
+    BK: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    DP: tl.constexpr,
+    DVP: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UP: tl.constexpr,
+):
+    """Return the largest logit to the base 2, the sum of the exponentials and the weighted sum of a part of a list."""
+    inner = tl.arange(0, RP)
+    own = inner < ROWS
+    d = tl.arange(0, DP)
+    dv = tl.arange(0, DVP)
+    q_base = Q + sample.to(tl.int64) * q_b + (first + inner)[:, None].to(tl.int64) * q_h
+    q = load(q_base + d[None, :], own[:, None] & (d < D)[None, :], UP)
+    kv_head = (first * kv_heads // heads).to(tl.int64)
+    k_base = K + sample.to(tl.int64) * k_b + kv_head * k_h
+    v_base = V + sample.to(tl.int64) * v_b + kv_head * v_h
+    of_list = sample * lists + first * lists // heads
+    entries = Index + of_list.to(tl.int64) * slots
+    stop = tl.minimum((part + 1) * length, tl.load(Count + of_list).to(tl.int32) * PAGE)
+
+    peak = tl.full([RP], float("-inf"), tl.float32)
+    mass = tl.zeros([RP], tl.float32)
+    acc = tl.zeros([RP, DVP], tl.float32)
+    for start in range(part * length, stop, BK):
+        entry = start + tl.arange(0, BK)
+        real = entry < stop
+        token = tl.load(entries + entry // PAGE, mask=real, other=0).to(tl.int32) * PAGE + entry % PAGE
+        real = real & (token < keys)
+        at = token[:, None].to(tl.int64)
+        k = load(k_base + at * k_n + d[None, :], real[:, None] & (d < D)[None, :], UP)
+        v = load(v_base + at * v_n + dv[None, :], real[:, None] & (dv < DV)[None, :], UP)
+        if HAS_VALID:
+            real = real & (tl.load(Valid + sample.to(tl.int64) * valid_b + token, mask=real, other=0) != 0)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # to the base 2
+        if CAPPED:
+            logits = capped(logits, cap)
+        logits = tl.where(real[None, :], logits, float("-inf"))
+        raised = tl.maximum(peak, tl.max(logits, 1))
+        shift = exp2_shift(raised)
+        probs = tl.exp2(logits - shift[:, None])
+        fade = tl.exp2(peak - shift)
+        mass = mass * fade + tl.sum(probs, 1)
+        acc = acc * fade[:, None] + tl.dot(probs.to(v.dtype), v, input_precision=PRECISION)
+        peak = raised
+    return peak, mass, acc
 
 
 @triton.jit
@@ -67,43 +149,14 @@ def _part(
     group = (program // parts) % (heads // ROWS)
     sample = program // parts // (heads // ROWS)
     first = group * ROWS  # the query heads of a program share a list and a key head
+    peak, mass, acc = _walk(
+        Q, K, V, Index, Count, Valid, sample, first, part, keys, heads, kv_heads, lists, slots, length,
+        q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n, valid_b, scale, cap,
+        PAGE, ROWS, RP, BK, D, DV, DP, DVP, HAS_VALID, CAPPED, PRECISION, UP,
+    )  # fmt: skip
     inner = tl.arange(0, RP)
     own = inner < ROWS
-    d = tl.arange(0, DP)
     dv = tl.arange(0, DVP)
-    q_base = Q + sample.to(tl.int64) * q_b + (first + inner)[:, None].to(tl.int64) * q_h
-    q = load(q_base + d[None, :], own[:, None] & (d < D)[None, :], UP)
-    kv_head = (first * kv_heads // heads).to(tl.int64)
-    k_base = K + sample.to(tl.int64) * k_b + kv_head * k_h
-    v_base = V + sample.to(tl.int64) * v_b + kv_head * v_h
-    of_list = sample * lists + first * lists // heads
-    entries = Index + of_list.to(tl.int64) * slots
-    stop = tl.minimum((part + 1) * length, tl.load(Count + of_list).to(tl.int32) * PAGE)
-
-    peak = tl.full([RP], float("-inf"), tl.float32)
-    mass = tl.zeros([RP], tl.float32)
-    acc = tl.zeros([RP, DVP], tl.float32)
-    for start in range(part * length, stop, BK):
-        entry = start + tl.arange(0, BK)
-        real = entry < stop
-        token = tl.load(entries + entry // PAGE, mask=real, other=0).to(tl.int32) * PAGE + entry % PAGE
-        real = real & (token < keys)
-        at = token[:, None].to(tl.int64)
-        k = load(k_base + at * k_n + d[None, :], real[:, None] & (d < D)[None, :], UP)
-        v = load(v_base + at * v_n + dv[None, :], real[:, None] & (dv < DV)[None, :], UP)
-        if HAS_VALID:
-            real = real & (tl.load(Valid + sample.to(tl.int64) * valid_b + token, mask=real, other=0) != 0)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # to the base 2
-        if CAPPED:
-            logits = capped(logits, cap)
-        logits = tl.where(real[None, :], logits, float("-inf"))
-        raised = tl.maximum(peak, tl.max(logits, 1))
-        shift = exp2_shift(raised)
-        probs = tl.exp2(logits - shift[:, None])
-        fade = tl.exp2(peak - shift)
-        mass = mass * fade + tl.sum(probs, 1)
-        acc = acc * fade[:, None] + tl.dot(probs.to(v.dtype), v, input_precision=PRECISION)
-        peak = raised
     # A part behind the count says so with a peak of -inf; its sums are zero.
     row = (sample * heads + first + inner).to(tl.int64) * parts + part
     tl.store(Peak + row, peak, mask=own)
@@ -130,6 +183,54 @@ def _join(Acc, Peak, Mass, Out, parts, DV: tl.constexpr, DVP: tl.constexpr):
         peak = raised
     acc = acc / tl.where(mass > 0, mass, 1.0)  # a list of nothing gives zeros
     tl.store(Out + row * DV + dv, acc.to(Out.dtype.element_ty), mask=dv < DV)
+
+
+@triton.jit
+def sparse_decode_plugin(
+    Q,
+    K,
+    V,
+    Index,
+    Count,
+    Valid,
+    keys,
+    heads,
+    kv_heads,
+    lists,
+    slots,
+    Out,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    RP: tl.constexpr,
+    BK: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    DP: tl.constexpr,
+    DVP: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UP: tl.constexpr,
+):
+    """One kernel for contiguous tensors, in the argument order of a TensorRT plugin: a program walks a whole list."""
+    program = tl.program_id(0)
+    sample = program // (heads // ROWS)
+    first = program % (heads // ROWS) * ROWS
+    k_h = tl.cast(keys, tl.int64) * D
+    v_h = tl.cast(keys, tl.int64) * DV
+    _peak, mass, acc = _walk(
+        Q, K, V, Index, Count, Valid, sample, first, 0, keys, heads, kv_heads, lists, slots, slots * PAGE,
+        heads * D, D, k_h * kv_heads, k_h, D, v_h * kv_heads, v_h, DV, keys, SCALE, CAP,
+        PAGE, ROWS, RP, BK, D, DV, DP, DVP, HAS_VALID, CAPPED, PRECISION, UP,
+    )  # fmt: skip
+    acc = acc / tl.where(mass > 0, mass, 1.0)[:, None]  # a list of nothing gives zeros
+    inner = tl.arange(0, RP)
+    dv = tl.arange(0, DVP)
+    row = (sample * heads + first + inner).to(tl.int64)
+    own = (inner < ROWS)[:, None] & (dv < DV)[None, :]
+    tl.store(Out + row[:, None] * DV + dv[None, :], acc.to(Out.dtype.element_ty), mask=own)
 
 
 def launch(

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import environment, gpu_check
+from benchmarks import environment, gpu_check, gpu_check_plugins
 from benchmarks.gpu_check_cases import CHECKS, causal_lists
 from tests.kernels.installed import needs_triton
 from tokcc.kernels.decompositions import overload, triton_forms
+from tokcc.plugins_trt import PLUGINS
 
 
 @needs_triton
@@ -47,4 +48,24 @@ def test_without_a_gpu_nothing_is_written(
 def test_every_kernel_is_right_on_this_gpu() -> None:
     device = torch.device("cuda")
     results = [gpu_check.correct(op, dtype, device) for op in sorted(CHECKS) for dtype in gpu_check.DTYPES]
+    assert [result for result in results if not result["ok"]] == []
+
+
+def test_every_plugin_has_inputs() -> None:
+    assert sorted(gpu_check_plugins.SMALL) == sorted(gpu_check_plugins.LARGE) == sorted(PLUGINS)
+    for op in PLUGINS:
+        for make in (*gpu_check_plugins.SMALL[op], *gpu_check_plugins.LARGE[op]):
+            call = gpu_check_plugins.prepare(op, make(torch.float32))
+            assert all(each.isfinite().all() for each in call.expected)
+
+
+def test_what_a_plugin_did_not_write_counts_as_off() -> None:
+    call = gpu_check_plugins.prepare("merge_tokens", gpu_check_plugins.SMALL["merge_tokens"][0](torch.float32))
+    assert gpu_check_plugins.difference(call.outputs(call.inputs), call.expected) == float("inf")
+    assert gpu_check_plugins.difference(call.expected, call.expected) == 0
+
+
+@pytest.mark.gpu
+def test_the_kernels_of_every_plugin_are_right_on_this_gpu() -> None:
+    results = gpu_check_plugins.check_all(gpu_check.TOLERANCE, torch.device("cuda"))
     assert [result for result in results if not result["ok"]] == []
