@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTHON := .venv/bin/python
 JOBS ?= 2
-EXTRAS := cpu,hf,report,openvino,triton,dev
+EXTRAS := cpu,hf,report,openvino,triton,tensorrt,dev
 READY := .venv/.tokcc-ready
 # A machine with a GPU has a torch of its own.
 GPU_PYTHON ?= python3

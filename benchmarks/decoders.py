@@ -72,7 +72,7 @@ def refuse_difference(name: str, got: npt.NDArray[Any], wanted: npt.NDArray[Any]
 
 def empty(session: ort.InferenceSession) -> Feeds:
     """Caches before the first call; those of fixed slots are as long as they are."""
-    carried = [item for item in session.get_inputs() if item.name.startswith(PAST)]
+    carried = [item for item in session.get_inputs() if item.name.startswith(PAST.rstrip("."))]  # torch writes `_`
     sizes = {item.name: [n if isinstance(n, int) else 0 for n in item.shape[1:]] for item in carried}
     return {name: np.zeros((1, *size), np.float32) for name, size in sizes.items()}
 

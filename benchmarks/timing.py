@@ -11,19 +11,25 @@ import numpy as np
 Seconds = dict[str, list[float]]
 
 
-def interleave(runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> Seconds:
+def interleave(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Seconds:
     """Time every run once a round (A B C, B C A, ...), after ``warmup`` untimed rounds.
 
-    The order rotates, so that none always follows the same neighbour (caches, thermal state).
+    The order rotates, so that none always follows the same neighbour (caches, thermal state). On a machine whose cores
+    others want, ``time.process_time`` leaves out what a run waited for one: right for runs of one thread.
     """
     names = list(runs)
     seconds: Seconds = {name: [] for name in names}
     for turn in range(-warmup, rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
+            start = clock()
             runs[name]()
-            elapsed = time.perf_counter() - start
+            elapsed = clock() - start
             if turn >= 0:
                 seconds[name].append(elapsed)
     return seconds

@@ -13,10 +13,10 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("cpu", "hf", "report", "gguf", "openvino", "triton", "dev")
+EXTRAS = ("cpu", "hf", "report", "gguf", "openvino", "triton", "tensorrt", "dev")
 HEAD = """\
 # Exact versions that the tests pass with; written by tools/constraints.py.
-# pip install -c constraints.txt -e ".[cpu,hf,report,openvino,triton,dev]"
+# pip install -c constraints.txt -e ".[cpu,hf,report,openvino,triton,tensorrt,dev]"
 """
 
 

@@ -215,6 +215,48 @@ def _sparse_speed(result: dict[str, Any]) -> str:
     return f"{table(head, body)}\n\n{result['what'].capitalize()}. {_where(result)}{busy}"
 
 
+def _plain_prefill(result: dict[str, Any]) -> str:
+    """Lengths and engines by rows: ratios to the plain export and to our own dense engine."""
+    own = result.get("plain")
+    if own is None:
+        return "Not measured."
+    body = []
+    for row in sorted(own["rows"], key=lambda row: row["context"]):
+        named = {"none": "tokcc none", "plain export": "plain export"}.get(row["method"], row["method"])
+        cells = [str(row["context"]), f"`{named}`" if ":" in named else named, f"{row['ms']['median'] / 1000:.1f} s"]
+        for key in ("over_plain", "speedup"):
+            ratio = row.get(key)
+            cells.append("1" if not ratio else f"{ratio['median']:.2f}x ({ratio['p25']:.2f}-{ratio['p75']:.2f})")
+        body.append(cells)
+    head = ["tokens", "engine", "median", "over the plain export (quartiles)", "over our dense engine"]
+    load = own["environment"].get("load_average_1min")
+    return f"{table(head, body)}\n\n{own['rounds']} rounds, {own['clock']} time, load average {load}. {_where(own)}"
+
+
+def _aoti_speed(result: dict[str, Any]) -> str:
+    """Engines by rows: the ratio to the same backend without reduction, and to the AOTInductor engine."""
+
+    def ratio(row: dict[str, Any], key: str) -> str:
+        found = row.get(key)
+        return "-" if not found else f"{found['median']:.2f}x ({found['p25']:.2f}-{found['p75']:.2f})"
+
+    body = [
+        [
+            row["model"],
+            str(row["batch"]),
+            row["engine"],
+            f"{row['ms']['median']:.0f}",
+            ratio(row, "speedup"),
+            f"{row['realised_share']:.0%}" if "realised_share" in row else "-",
+            ratio(row, "time_over_aoti_engine"),
+        ]
+        for row in result["rows"]
+    ]
+    head = ["model", "B", "engine", "ms", "speed-up (quartiles)", "realised / ideal", "time over the AOTI engine's"]
+    load = result["environment"].get("load_average_1min")
+    return f"{table(head, body)}\n\n{result['rounds']} rounds, load average {load}. {_where(result)}"
+
+
 def _sparse_decode(result: dict[str, Any]) -> str:
     """Engines by rows: what a step takes, and the ratio to the two engines that read everything."""
 
@@ -249,20 +291,31 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "vlm_speed": _vlm_speed,
     "sparse_speed": _sparse_speed,
     "sparse_decode": _sparse_decode,
+    "aoti_speed": _aoti_speed,
     "decoder_speed": _decoder_speed,
     "decoder_prefill": _decoder_speed,
     "perplexity": _perplexity,
     "perplexity_more": _perplexity_more,
 }
-PAGES = ("README.md", "docs/decoders.md", "docs/sparse_attention.md", "docs/visual_tokens.md", "docs/vlm.md")
+FROM: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {"plain_prefill": ("sparse_speed", _plain_prefill)}
+"""Further tables of a result file: from which, and how."""
+PAGES = (
+    "README.md",
+    "docs/decoders.md",
+    "docs/runtimes.md",
+    "docs/sparse_attention.md",
+    "docs/visual_tokens.md",
+    "docs/vlm.md",
+)
 
 
 def render(name: str) -> str | None:
     """Return the table of a result file, or None when there is none yet."""
-    path = RESULTS / f"{name}.json"
-    if not path.is_file() or name not in TABLES:
+    file, made = FROM.get(name, (name, TABLES.get(name)))
+    path = RESULTS / f"{file}.json"
+    if not path.is_file() or made is None:
         return None
-    return TABLES[name](json.loads(path.read_text(encoding="utf-8")))
+    return made(json.loads(path.read_text(encoding="utf-8")))
 
 
 def pages() -> dict[str, str]:

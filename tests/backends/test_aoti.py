@@ -19,6 +19,7 @@ import torch
 from typer.testing import CliRunner
 
 import tokcc
+from tests.cli.signals import heed_signals
 from tests.cli.tiny_vit import build, pixels
 from tests.zoo import ZOO
 from tokcc.backends.aoti import AotiOptions, AotiSession, lacking, package
@@ -340,7 +341,8 @@ def test_alone_it_is_the_engine_that_is_measured(tmp_path: Path) -> None:
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     model = f"{ROOT / 'tests/cli/tiny_vit.py'}:model"
     command = [sys.executable, "-m", "tokcc", "compile", model, "-p", "tome", "--backend", "aoti", "--no-calibrate"]
-    process = subprocess.Popen([*command, "-o", str(tmp_path / "out")], start_new_session=True, cwd=ROOT)
+    command += ["-o", str(tmp_path / "out")]
+    process = subprocess.Popen(command, start_new_session=True, cwd=ROOT, preexec_fn=heed_signals)
     try:
         until = time.monotonic() + 240
         while not list(tmp_path.glob(".out.tmp-*/.aoti-*/build/*")):  # the compiler is about to run

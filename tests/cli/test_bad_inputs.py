@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from tests.cli.signals import heed_signals
 from tests.cli.tiny_vit import build, pixels
 from tokcc.cli import app
 from tokcc.errors import ParityError
@@ -228,7 +229,7 @@ class TestOptions:
         refuses(2, "cosin", "did you mean cosine?", options=("--gate", "cosin>=1"))
 
     @pytest.mark.parametrize(
-        ("options", "code"), [(("--opset", "17"), 5), (("--backend", "tensorrt"), 5), (("--dtype", "float12"), 2)]
+        ("options", "code"), [(("--opset", "17"), 5), (("--device", "tpu"), 2), (("--dtype", "float12"), 2)]
     )
     def test_what_there_is_not(self, refuses: Refuses, options: tuple[str, ...], code: int) -> None:
         refuses(code, options[1], options=options)
@@ -258,7 +259,7 @@ class TestEngines:
         def differs(*arguments: Any) -> None:
             raise ParityError("the onnx engine differs from its reference")
 
-        monkeypatch.setattr(engines, "refuse_difference", differs)
+        monkeypatch.setattr(engines, "check_engine", differs)
         result = CliRunner().invoke(app, ["compile", TINY, "-p", "evit", "-o", str(tmp_path / "deep" / "out")])
         assert result.exit_code == 6
         assert list(tmp_path.iterdir()) == []
@@ -297,17 +298,12 @@ class TestDisk:
         assert "Permission denied" in result.stderr
 
 
-def _heeding_signals() -> None:
-    """A test run that a shell put in the background ignores SIGINT, and its children would inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(out: Path, refuses: Refuses, number: signal.Signals) -> None:
     """Half-way through, in a process of its own."""
     command = [sys.executable, "-m", "tokcc", "compile", TINY, "-p", "evit", "-o", str(out), "--force"]
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=_heeding_signals
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed_signals
     ) as process:
         assert process.stderr is not None
         seen = ""

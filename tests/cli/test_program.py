@@ -192,7 +192,7 @@ class TestCompile:
             "compile m.pt -p tome --dry-run --backend onnx --backend pt2 --input x=float32[2,3] --dynamic x:0=1..8 "
             "--min-shapes y:1x3 --opt-shapes y:2x3 --max-shapes y:4x3 --gate speedup>=1.2 --opset 20 --atol 1e-3 "
             "--calib data --task feature-extraction --seed 7 --keep-baseline --allow-pickle --device cuda "
-            "--aoti-option freezing=false --aoti-option cpp.simdlen=256"
+            "--aoti-option freezing=false --aoti-option cpp.simdlen=256 --tensorrt-option plugins=true"
         )
         result = run(*text.split())
         assert result.exit_code == 0, result.stderr
@@ -202,7 +202,9 @@ class TestCompile:
         del options["progress"]
         assert options == {
             "inputs": ("x=float32[2,3]",),
-            "dynamic": ("x:0=1..8", "y:0=1..4"),
+            "dynamic": ("x:0=1..8",),
+            "shapes": {"y": ((1, 3), (2, 3), (4, 3))},
+            "tensorrt": {"plugins": True},
             "device": "cuda",
             "aoti": {"freezing": False, "cpp.simdlen": 256},
             "task": "feature-extraction",
@@ -285,9 +287,12 @@ class TestDoctor:
         assert probe(Package("killer_one", "x", "reinstall")).state == "broken"
 
     def test_backends_follow_from_packages(self) -> None:
-        found = {package.module: Found(package.module, "works", "1", "", "", "") for package in PACKAGES}
+        found = {package.module: Found(package.module, "works", "1", "", "CUDA", "") for package in PACKAGES}
         states = {state.name: state.state for state in backend_states(found)}
         assert states["onnx"] == states["pt2"] == states["tensorrt"] == "works"
+        processor = {**found, "torch": Found("torch", "works", "1", "", "CPU only", "")}
+        states = {state.name: state.state for state in backend_states(processor)}
+        assert (states["onnx"], states["tensorrt"]) == ("works", "builds only")
         missing = {name: Found(name, "missing", "", "", "", "") for name in ("onnxruntime", "tensorrt", "tensorrt_rtx")}
         states = {state.name: state.state for state in backend_states({**found, **missing})}
         assert (states["onnx"], states["tensorrt"]) == ("builds only", "builds only")

@@ -11,7 +11,7 @@ from torch import fx
 from tests.zoo import ZOO
 from tokcc.errors import LoweringError
 from tokcc.ir.program import Program
-from tokcc.lowering.aten import decompose, refuse_loops, refuse_unwritten, tokcc_calls
+from tokcc.lowering.aten import decompose, large_sizes, refuse_loops, refuse_unwritten, tokcc_calls
 from tokcc.testing import reduce_program, run_program, trace
 
 # torch's own pytree copies a deprecated class in run_decompositions.
@@ -62,6 +62,36 @@ def test_a_count_that_depends_on_a_length_in_many_ways_is_refused() -> None:
         decompose(dynamic)
     static, _ = reduce_program(trace(entry.build(), entry.inputs(3)), "tome")
     assert list(tokcc_calls(decompose(static).graph)) == []
+
+
+class TestSizes:
+    """What is supposed of dynamic sizes while they are traced. (A method that counts pages: test_aoti_methods.)"""
+
+    def exported(self) -> Any:
+        length = torch.export.Dim("length", min=2, max=10**6)
+        return trace(torch.nn.ReLU(), {"input": torch.ones(2, 5)}, {"input": {1: length}}).to_exported()
+
+    def size(self, exported: Any) -> Any:
+        return next(node.meta["val"].shape[1] for node in exported.graph.nodes if node.op == "placeholder")
+
+    def ask(self, exported: Any, number: int) -> None:
+        with large_sizes(exported):
+            assert bool(self.size(exported) == number) is (self.size(exported).node.hint == number)
+
+    def test_they_are_large_and_as_before_afterwards(self) -> None:
+        exported = self.exported()
+        with large_sizes(exported):
+            assert self.size(exported).node.hint > 1000
+        assert self.size(exported).node.hint == 5
+        self.ask(exported, 1)  # it is not: which holds of others, too
+
+    def test_one_that_tracing_fixes_is_refused(self) -> None:
+        exported = self.exported()
+        with large_sizes(exported):
+            supposed = self.size(exported).node.hint
+        with pytest.raises(LoweringError, match="cannot keep a size dynamic") as error:
+            self.ask(exported, supposed)
+        assert str(supposed) in str(error.value.found)
 
 
 def graph(build: Any) -> fx.Graph:

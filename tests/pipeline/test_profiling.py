@@ -65,6 +65,7 @@ def test_the_file_serves_two_methods(tmp_path: Path) -> None:
     folder, path = model_folder(tmp_path / "model"), tmp_path / "heads.json"
     assert main(["profile", str(folder), "-o", str(path), "--tokens", "64", "--quiet"]) == 0
     assert sorted(json.loads(path.read_text())) == [
+        "densities",
         "echo",
         "errors",
         "heads",

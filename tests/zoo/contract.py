@@ -11,11 +11,12 @@ import argparse
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy.typing as npt
 import torch
 
 from tests.decoders import mamba, tiny
@@ -28,6 +29,7 @@ from tests.zoo.trained import with_files
 from tokcc.analysis.cache_sites import cache_sites
 from tokcc.analysis.sites import find_sites
 from tokcc.analysis.state_sites import state_sites
+from tokcc.backends.aoti import callable_by_name, eager_runner
 from tokcc.backends.calls import decoder_calls, lengths_past
 from tokcc.backends.feeds import Feeds
 from tokcc.backends.onnx import build_onnx, save_onnx
@@ -36,14 +38,28 @@ from tokcc.backends.parity import Tolerance, check_parity, numpy_feeds, oracle
 from tokcc.config import LoadedPolicy, load_policy
 from tokcc.errors import TokccError
 from tokcc.ir.program import Program
+from tokcc.lowering.aten import decompose
 from tokcc.passes.inputs import random_values
 from tokcc.passes.methods import library
+from tokcc.pipeline.engines import Options, refuse_unable
 from tokcc.pipeline.reducing import Reduced, reduce_program
 from tokcc.pipeline.stages import Stages
 from tokcc.testing import trace
 from tools.presets_page import kind_of
 
-__all__ = ["DECODERS", "DYNAMIC", "ENCODERS", "cases", "policy_for", "program_of", "run_case"]
+__all__ = [
+    "DECODERS",
+    "DYNAMIC",
+    "ENCODERS",
+    "InAten",
+    "cases",
+    "compared",
+    "decoder_feeds",
+    "policy_for",
+    "program_of",
+    "refused",
+    "run_case",
+]
 
 CROPS = 5
 """The static batch: a thumbnail and four crops, for the methods that take a batch as one image."""
@@ -57,7 +73,7 @@ ENCODERS = tuple(name for name, entry in ZOO.items() if name not in SAME and ent
 """Of the zoo; timm's models are ViT and DeiT again, and need a library of their own."""
 DECODERS = ("llama", "gpt2", "falcon")
 """Grouped heads and rotary positions; learned positions and single heads; one key head, attention beside the MLP."""
-TRAINED = {"dma": ("doge",)}
+TRAINED = {"dma": ("doge",), "hisa": ("deepseek-v32",)}
 """Decoders that were trained with a method, beside those that every method meets."""
 STATE_SPACE = ("mamba",)
 """Decoders without attention."""
@@ -121,8 +137,44 @@ def _facts(model: str, dynamic: bool) -> tuple[dict[str, int], int]:
     return sizes, ZOO[model].tokens - sites.prefix - sites.suffix
 
 
-def run_case(case: Case) -> Row:
-    """Reduce, slice, lower, run and compare one cell."""
+class Runs(Protocol):
+    """What is made of a reduced program."""
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Run once."""
+
+
+def onnx_engine(reduced: Reduced, folder: Path) -> Runs:
+    """Lower to ONNX."""
+    path = folder / "model.onnx"
+    save_onnx(build_onnx(reduced.sliced), path)
+    return Session(path, threads=1, patterns=False)
+
+
+class InAten:
+    """The program in aten operations: what AOTInductor would compile, run by torch."""
+
+    def __init__(self, reduced: Reduced, folder: Path) -> None:
+        refuse_unable(reduced, load_policy("none", presets=library()), Options(backends=("aoti",)), {})
+        self._program = reduced.sliced
+        self._made = decompose(self._program)
+        self._run: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Run once."""
+        if self._run is None:
+            example = {name: torch.as_tensor(value) for name, value in feeds.items()}
+            self._run = eager_runner(self._program, callable_by_name(self._program, self._made, example))
+        return self._run(feeds)
+
+
+def run_case(case: Case, engine: Callable[[Reduced, Path], Runs] = onnx_engine) -> Row:
+    """Reduce, slice, lower, run and compare one cell.
+
+    Args:
+        case: The cell.
+        engine: Makes what is compared with the oracle; what it refuses is a refusal of the cell.
+    """
     entry = ZOO.get(case.model)
     if entry is not None and (missing := entry.available()):
         return Row(case, "skipped", reason=missing)
@@ -132,19 +184,23 @@ def run_case(case: Case) -> Row:
         try:
             policy = policy_for(case, folder)
             reduced = reduce_program(program, policy, Stages())
+            if not _acts(reduced):
+                return Row(case, "failed", reason="nothing is reduced: give the preset other arguments in arguments.py")
+            session = engine(reduced, folder)
         except TokccError as error:
-            return _refused(case, error)
-        if not _acts(reduced):
-            return Row(case, "failed", reason="nothing is reduced: give the preset other arguments in arguments.py")
-        path = folder / "model.onnx"
-        save_onnx(build_onnx(reduced.sliced), path)
-        session = Session(path, threads=1, patterns=False)
-        if entry is None:
-            return _compare_decoder(case, reduced, session)
-        return _compare_encoder(case, entry, reduced, session)
+            return refused(case, error)
+        return compared(case, reduced, session)
 
 
-def _refused(case: Case, error: TokccError) -> Row:
+def compared(case: Case, reduced: Reduced, session: Runs, calls: Calls | None = None) -> Row:
+    """Hold an engine against its oracle; a decoder on some calls only where its engine is made for some."""
+    entry = ZOO.get(case.model)
+    if entry is None:
+        return _compare_decoder(case, reduced, session, calls or decoder_feeds(reduced))
+    return _compare_encoder(case, entry, reduced, session)
+
+
+def refused(case: Case, error: TokccError) -> Row:
     """A refusal is a result when it says what is wrong and what to do."""
     reason = f"{type(error).__name__}: {error.what}"
     if not (error.help or "").strip():
@@ -165,7 +221,7 @@ def _acts(reduced: Reduced) -> bool:
     return bool(plan.sparse) or bypassed or any(space.reduced for space in plan.made)
 
 
-def _compare_encoder(case: Case, entry: ZooModel, reduced: Reduced, session: Session) -> Row:
+def _compare_encoder(case: Case, entry: ZooModel, reduced: Reduced, session: Runs) -> Row:
     reference, names = oracle(reduced.program), reduced.program.output_names
     generator = torch.Generator().manual_seed(0)
     worst, wrong = 0.0, []
@@ -195,10 +251,13 @@ def _difference(entry: ZooModel, name: str, found: torch.Tensor, want: torch.Ten
     return relative_difference(found, want) if bool(want.isfinite().all()) else float("inf")
 
 
-def _compare_decoder(case: Case, reduced: Reduced, session: Session) -> Row:
-    """Call after call: a prompt of padded rows, single tokens, a second text, more single tokens."""
+Calls = tuple[Sequence[Feeds], Sequence[Sequence[torch.Tensor]]]
+
+
+def decoder_feeds(reduced: Reduced) -> Calls:
+    """Return call after call: a prompt of padded rows, single tokens, a second text, more single tokens."""
     plan, scans = reduced.caches, reduced.scans
-    feeds, expected = decoder_calls(
+    return decoder_calls(
         reduced.program,
         _example(reduced.original),
         oracle(reduced.program),
@@ -207,6 +266,10 @@ def _compare_decoder(case: Case, reduced: Reduced, session: Session) -> Row:
         prompt=None if plan is None else plan.prompt,
         before=0 if scans is None else scans.before,
     )
+
+
+def _compare_decoder(case: Case, reduced: Reduced, session: Runs, calls: Calls) -> Row:
+    feeds, expected = calls
     checks = check_parity(session.run, reduced.program.output_names, feeds, expected, Tolerance())
     wrong = [f"`{check.output}`: {check.max_abs_diff:.2g} of {check.scale:.2g}" for check in checks if not check.passed]
     worst = max(check.max_abs_diff / max(check.scale, 1e-6) for check in checks if check.output == "logits")
@@ -225,10 +288,10 @@ def _judged(case: Case, worst: float, wrong: Sequence[str]) -> Row:
     return Row(case, "ok", max_rel_diff=worst)
 
 
-def attempt(case: Case) -> Row:
+def attempt(case: Case, run: Callable[[Case], Row] = run_case) -> Row:
     """Run a cell of the whole matrix, where one that breaks must not hide the others."""
     try:
-        return run_case(case)
+        return run(case)
     except Exception as error:  # the row says it, and the table's test fails
         return Row(case, "failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,13 +64,25 @@ class Row:
     reason: str | None = None
 
 
-def write_rows(rows: Iterable[Row], cases: Sequence[Case], path: Path = RESULTS) -> None:
+HEAD = {
+    "what": "engine in ONNX Runtime against the eager oracle, fp32, tiny random-weight models of each architecture",
+    "cells": "by preset: `ok` with the largest difference, as a share of the output's scale; `refused` and others "
+    "with the number of the reason",
+    "limit": LIMIT,
+    "command": COMMAND,
+}
+
+
+def write_rows(
+    rows: Iterable[Row], cases: Sequence[Case], path: Path = RESULTS, head: Mapping[str, Any] = HEAD
+) -> None:
     """Write the matrix; cells that were skipped or not run here are kept from the file that is there.
 
     Args:
         rows: What was run.
         cases: Today's cells; others are dropped.
         path: The file.
+        head: What stands above the cells.
     """
     known = {row.case: row for row in read_rows(path)} if path.is_file() else {}
     known |= {row.case: row for row in rows if row.status != "skipped" or row.case not in known}
@@ -84,17 +96,10 @@ def write_rows(rows: Iterable[Row], cases: Sequence[Case], path: Path = RESULTS)
         if row.status != "ok":
             value = reasons.setdefault(row.reason or "", len(reasons))
         table.setdefault(case.preset, {}).setdefault(row.status, {})[case.column] = value
-    head = {
-        "what": "engine in ONNX Runtime against the eager oracle, fp32, tiny random-weight models of each architecture",
-        "cells": "by preset: `ok` with the largest difference, as a share of the output's scale; `refused` and others "
-        "with the number of the reason",
-        "limit": LIMIT,
-        "command": COMMAND,
-        "reasons": list(reasons),
-    }
+    shown = {**head, "reasons": list(reasons)}
     lines = ",\n  ".join(f"{json.dumps(preset)}: {json.dumps(cells)}" for preset, cells in table.items())
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "presets": {{\n  {lines}\n }}\n}}\n', encoding="utf-8")
+    path.write_text(json.dumps(shown, indent=1)[:-2] + f',\n "presets": {{\n  {lines}\n }}\n}}\n', encoding="utf-8")
 
 
 def read_rows(path: Path = RESULTS) -> list[Row]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,9 @@ from tokcc.backends.cxx import CXX_HELP, cxx_compiler, cxx_missing
 from tokcc.backends.feeds import Feeds
 from tokcc.errors import LoweringError, UsageError
 from tokcc.ir.program import Program
-from tokcc.lowering.aten import decompose
+from tokcc.lowering.aten import decompose, large_sizes
 
-__all__ = ["AotiOptions", "AotiSession", "as_array", "callable_by_name", "lacking", "package"]
+__all__ = ["AotiOptions", "AotiSession", "callable_by_name", "eager_runner", "lacking", "package"]
 
 Array = npt.NDArray[Any]
 
@@ -144,7 +144,7 @@ def _compile(exported: ExportedProgram, path: Path, configuration: dict[str, Any
     from torch._inductor.package.package import package_aoti
 
     args, kwargs = exported.example_inputs
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), large_sizes(exported):
         warnings.simplefilter("ignore")  # the compiler's own, of what it does to the program
         try:
             module: Any = exported.module(check_guards=False)
@@ -210,6 +210,26 @@ def _keyword(public: str, otherwise: str) -> str:
     return public if public.isidentifier() else otherwise
 
 
+def eager_runner(program: Program, exported: ExportedProgram) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+    """Return what runs a program from :func:`callable_by_name` operation by operation, inputs and outputs by name.
+
+    Args:
+        program: Whose names these are.
+        exported: The program that is called by keyword.
+    """
+    module = exported.module(check_guards=False)
+    keywords = list(exported.example_inputs[1])
+    names = [program.public_name(node) for node in program.user_inputs]
+
+    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        given = {keyword: torch.as_tensor(feeds[name]) for keyword, name in zip(keywords, names, strict=True)}
+        with torch.no_grad():
+            found = module(**given)
+        return {name: _as_array(value) for name, value in found.items()}
+
+    return run
+
+
 class AotiSession:
     """A package on the CPU.
 
@@ -243,17 +263,28 @@ class AotiSession:
         self.outputs: list[str] = list(outs.context)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once."""
+        """Run once.
+
+        Raises:
+            LoweringError: torch stops: a size is out of what the package was compiled for.
+        """
         given = {
             keyword: torch.from_numpy(np.ascontiguousarray(feeds[name]))
             for keyword, name in zip(self._keywords, self.inputs, strict=True)
         }
-        with torch.inference_mode(), _threads(self._threads):
-            found = self._model(**given)
-        return {name: as_array(found[name]) for name in self.outputs}
+        try:
+            with torch.inference_mode(), _threads(self._threads):
+                found = self._model(**given)
+        except RuntimeError as error:
+            raise LoweringError(
+                "the aoti package does not run",
+                found=" ".join(str(error).split())[:300],
+                help="sizes and dtypes must be those in `manifest.json`; where they are, compile with --backend onnx",
+            ) from error
+        return {name: _as_array(found[name]) for name in self.outputs}
 
 
-def as_array(value: torch.Tensor) -> Array:
+def _as_array(value: torch.Tensor) -> Array:
     """Return a tensor for numpy."""
     # numpy has no bfloat16, and float32 has all of its numbers.
     array: Array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()

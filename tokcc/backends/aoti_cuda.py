@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import tokcc.backends.build_cuda as script
-from tokcc.backends.aoti import AotiOptions, as_array, callable_by_name
+from tokcc.backends.aoti import AotiOptions, callable_by_name, eager_runner
 from tokcc.backends.feeds import Feeds
 from tokcc.backends.parity import Check, Tolerance, check_parity
 from tokcc.ir.program import Program
@@ -49,14 +48,4 @@ def write_cuda(
         torch.export.save(written, folder / "model.pt2", extra_files=extra)
     source = Path(script.__file__)
     (folder / "build_cuda.py").write_bytes(source.read_bytes())
-    module = checked.module(check_guards=False)
-    keywords = list(checked.example_inputs[1])
-    names = [program.public_name(node) for node in program.user_inputs]
-
-    def run(arrays: Mapping[str, Any]) -> dict[str, Any]:
-        given = {k: torch.as_tensor(arrays[name]) for k, name in zip(keywords, names, strict=True)}
-        with torch.no_grad():
-            found = module(**given)
-        return {name: as_array(value) for name, value in found.items()}
-
-    return check_parity(run, list(program.output_names), feeds, expected, tolerance)
+    return check_parity(eager_runner(program, checked), list(program.output_names), feeds, expected, tolerance)

@@ -95,6 +95,11 @@ class Bundle:
         entries = self.manifest.backends
         return tuple(n for n, e in _ENDINGS.items() if n in entries and entries[n].engine.endswith(e))
 
+    @property
+    def verifiable(self) -> tuple[str, ...]:
+        """The backends whose files can be held against the reference here: TensorRT's graph runs on the CPU, too."""
+        return (*self.runnable, *(name for name in ("tensorrt",) if name in self.manifest.backends))
+
     def chosen(self, backend: str | None = None) -> str:
         """Return a backend whose engine runs here: the given one, else the first.
 

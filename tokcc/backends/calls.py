@@ -52,11 +52,12 @@ def decoder_calls(
     added: Sequence[EngineInput] = (),
     prompt: PromptPlan | None = None,
     before: int = 0,
+    rows: int = 3,
 ) -> tuple[list[Feeds], list[list[torch.Tensor]]]:
     """Run the reference call after call from an empty cache and return what went in and what came out.
 
-    Three rows, one of them padded on the left where the model takes a mask. No row has a token twice: keys of equal
-    tokens tie, and which of them a runtime keeps is then a matter of rounding.
+    One of the rows is padded on the left where there are several and the model takes a mask. No row has a token twice:
+    keys of equal tokens tie, and which of them a runtime keeps is then a matter of rounding.
 
     Args:
         program: The decoder.
@@ -68,15 +69,16 @@ def decoder_calls(
         prompt: Where prompts get shorter: the first call then is one that can.
         before: How many tokens the mask says there were before the first call, for decoders that read long texts in
             another way.
+        rows: Texts of a call.
     """
     if prompt is not None:
         lengths = (max(lengths[0], prompt.shortest + 9), *lengths[1:])
     total, generator = sum(lengths), torch.Generator().manual_seed(seed)
-    name, tokens = _random_tokens(example, total, generator)
-    mask = torch.ones(3, total, dtype=torch.int64)
-    if "attention_mask" in example:
+    name, tokens = _random_tokens(example, total, rows, generator)
+    mask = torch.ones(rows, total, dtype=torch.int64)
+    if rows > 1 and "attention_mask" in example:
         mask[1, : min(lengths[0] // 3, 8)] = 0
-    earlier = torch.ones(3, before, dtype=torch.int64)
+    earlier = torch.ones(rows, before, dtype=torch.int64)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     past = empty_past(program, len(tokens))
     feeds: list[Feeds] = []
@@ -105,17 +107,17 @@ def decoder_calls(
     return feeds, outputs
 
 
-def _random_tokens(example: Feeds, total: int, generator: torch.Generator) -> tuple[str, torch.Tensor]:
-    """Return the name of the tokens' input, and three rows of random ones ``[3, T]`` or ``[3, T, H]``."""
+def _random_tokens(example: Feeds, total: int, rows: int, generator: torch.Generator) -> tuple[str, torch.Tensor]:
+    """Return the name of the tokens' input, and rows of random ones ``[B, T]`` or ``[B, T, H]``."""
     known = example.get("inputs_embeds")
     if known is not None:
-        return "inputs_embeds", torch.randn(3, total, known.shape[2], generator=generator)
+        return "inputs_embeds", torch.randn(rows, total, known.shape[2], generator=generator)
     largest = int(example["input_ids"].max())
     if largest >= total:
-        rows = [torch.randperm(largest, generator=generator)[:total] + 1 for _ in range(3)]
+        texts = [torch.randperm(largest, generator=generator)[:total] + 1 for _ in range(rows)]
     else:
-        rows = [torch.randint(0, largest + 1, (total,), generator=generator) for _ in range(3)]
-    return "input_ids", torch.stack(rows)
+        texts = [torch.randint(0, largest + 1, (total,), generator=generator) for _ in range(rows)]
+    return "input_ids", torch.stack(texts)
 
 
 def _for_axes(example: Feeds, positions: torch.Tensor) -> torch.Tensor:

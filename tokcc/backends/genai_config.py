@@ -43,6 +43,13 @@ def save_genai_config(
     """
     if not isinstance(loaded.module, CausalDecoder):
         return (f"no {GENAI_CONFIG} is written: it takes a model that comes with its configuration",)
+    widths = {
+        int(node.meta["val"].shape[3])
+        for node in program.user_inputs
+        if program.public_name(node).startswith(_PAST) and program.public_name(node).endswith((".key", ".value"))
+    }
+    if len(widths) > 1:
+        return (f"no {GENAI_CONFIG} is written: keys and values have different widths, and genai knows one",)
     config: Any = loaded.module.model.config
     content = _content(config.get_text_config(), program, engine, stop_tokens(output), slots)
     try:

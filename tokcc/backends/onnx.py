@@ -12,6 +12,7 @@ from onnx_ir.passes import common as onnx_passes
 
 from tokcc.errors import LoweringError
 from tokcc.ir.program import Program
+from tokcc.lowering.onnx.target import ANY_RUNTIME, Target
 from tokcc.lowering.onnx.translate import translate
 
 __all__ = ["EXTERNAL_BYTES", "build_onnx", "save_onnx"]
@@ -20,24 +21,27 @@ EXTERNAL_BYTES = 1_900_000_000
 """Above this, weights go to a file beside the model: a protobuf holds less than 2 GB."""
 
 
-def build_onnx(program: Program, *, opset: int = 18, metadata: Mapping[str, Any] | None = None) -> ir.Model:
+def build_onnx(
+    program: Program, *, opset: int = 18, metadata: Mapping[str, Any] | None = None, target: Target = ANY_RUNTIME
+) -> ir.Model:
     """Lower a program to an ONNX model and check it.
 
     Args:
         program: The (reduced) program.
         opset: Version of the standard domain.
         metadata: Written to ``metadata_props`` as JSON.
+        target: What the graph may hold.
 
     Raises:
         LoweringError: When an operation has no form or the model does not check.
     """
-    model = translate(program, opset)
+    model = translate(program, opset, target)
     onnx_passes.RemoveUnusedNodesPass()(model)
     _free_state_widths(model)
     for name, value in (metadata or {}).items():
         model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     domains = {node.domain for node in model.graph.all_nodes()}
-    if domains - {""}:
+    if domains - {"", *target.domains}:
         raise LoweringError("the graph holds operations outside the standard domain", found=", ".join(sorted(domains)))
     return model
 

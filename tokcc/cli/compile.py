@@ -16,7 +16,20 @@ from tokcc.errors import GateError, SpeedGateError, UsageError
 if TYPE_CHECKING:
     from tokcc.backends.bundle import Bundle
 
-__all__ = ["Backend", "Dynamic", "Inputs", "Model", "Task", "Unpickle", "compile_command", "missed_gate", "show_bundle"]
+__all__ = [
+    "Backend",
+    "Dynamic",
+    "Inputs",
+    "LargestShapes",
+    "Model",
+    "SmallestShapes",
+    "Task",
+    "Unpickle",
+    "UsualShapes",
+    "compile_command",
+    "missed_gate",
+    "show_bundle",
+]
 
 
 class Backend(StrEnum):
@@ -43,6 +56,9 @@ Inputs = Annotated[
 Dynamic = Annotated[
     list[str] | None, typer.Option("--dynamic", metavar="NAME:AXIS=MIN..MAX", help="An axis that stays dynamic.")
 ]
+SmallestShapes = Annotated[str | None, typer.Option(metavar="NAME:1x3x224x224,...", help="Smallest shapes.")]
+UsualShapes = Annotated[str | None, typer.Option(metavar="NAME:8x3x224x224,...", help="Typical shapes.")]
+LargestShapes = Annotated[str | None, typer.Option(metavar="NAME:32x3x224x224,...", help="Largest shapes.")]
 Task = Annotated[str | None, typer.Option(help="What a Hugging Face model is for, such as image-classification.")]
 Unpickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Load a pickled module: this runs code from the file, so trust it first.")
@@ -71,9 +87,9 @@ def compile_command(
     ] = None,
     inputs: Inputs = None,
     dynamic: Dynamic = None,
-    min_shapes: Annotated[str | None, typer.Option(metavar="NAME:1x3x224x224,...", help="Smallest shapes.")] = None,
-    opt_shapes: Annotated[str | None, typer.Option(metavar="NAME:8x3x224x224,...", help="Typical shapes.")] = None,
-    max_shapes: Annotated[str | None, typer.Option(metavar="NAME:32x3x224x224,...", help="Largest shapes.")] = None,
+    min_shapes: SmallestShapes = None,
+    opt_shapes: UsualShapes = None,
+    max_shapes: LargestShapes = None,
     opset: Annotated[int, typer.Option(help="ONNX opset of the engine.")] = 18,
     dtype: Annotated[str | None, typer.Option(help="Floating-point type of the engine, such as float16.")] = None,
     atol: Annotated[float | None, typer.Option(help="Absolute tolerance of the parity check.")] = None,
@@ -82,6 +98,10 @@ def compile_command(
     aoti_option: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Of the aoti backend, such as freezing=false or max_autotune=true."),
+    ] = None,
+    tensorrt_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Of the tensorrt backend, such as plugins=true."),
     ] = None,
     gate: Annotated[
         list[str] | None,
@@ -112,7 +132,7 @@ def compile_command(
         shapes = shape_range(min_shapes, opt_shapes, max_shapes)
         loading: dict[str, Any] = {
             "inputs": tuple(inputs or ()),
-            "dynamic": (*(dynamic or ()), *(shapes.dynamic() if shapes else ())),
+            "dynamic": tuple(dynamic or ()),
             "task": task,
             "allow_pickle": allow_pickle,
         }
@@ -141,7 +161,9 @@ def compile_command(
             calibrate=not no_calibrate,
             keep_baseline=keep_baseline,
             device=device,
-            aoti=_settings(aoti_option or ()),
+            aoti=_settings("--aoti-option", aoti_option or ()),
+            tensorrt=_settings("--tensorrt-option", tensorrt_option or ()),
+            shapes=shapes.by_input() if shapes else None,
             dry_run=dry_run,
             progress=out.progress(),
         )
@@ -156,7 +178,7 @@ def compile_command(
         missed_gate(result)
 
 
-def _settings(given: Iterable[str]) -> dict[str, Any]:
+def _settings(option: str, given: Iterable[str]) -> dict[str, Any]:
     """Read ``NAME=VALUE`` options; values are YAML."""
     import yaml
 
@@ -168,7 +190,7 @@ def _settings(given: Iterable[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise UsageError(f"`{value}` is no value", found=str(error).splitlines()[0]) from error
         if not equals or not name.strip():
-            raise UsageError("--aoti-option is not NAME=VALUE", found=text, help="for instance freezing=false")
+            raise UsageError(f"{option} is not NAME=VALUE", found=text, help="for instance freezing=false")
     return found
 
 

@@ -144,13 +144,16 @@ def backend_states(found: dict[str, Found]) -> list[BackendState]:
         return BackendState(name, "builds only" if run else "works", "; ".join(run))
 
     compiler = [] if cxx_compiler() else [f"{cxx_missing()}: {CXX_HELP}"]
-    runtimes = lacking("tensorrt", "tensorrt_rtx")
+    builders = lacking("tensorrt", "tensorrt_rtx")
+    unbuilt = builders if len(builders) == 2 else []
+    if not unbuilt and found["torch"].detail != "CUDA":
+        unbuilt = ["engines can be built here, and need a GPU to run"]
     return [
         state("onnx", lacking("torch", "onnx", "onnxscript"), lacking("onnxruntime")),
         state("pt2", lacking("torch"), []),
         state("aoti", lacking("torch") + compiler, []),
         # The folder for TensorRT (an ONNX file, plugins, a build script) is written without TensorRT.
-        state("tensorrt", lacking("torch", "onnx", "onnxscript"), runtimes if len(runtimes) == 2 else []),
+        state("tensorrt", lacking("torch", "onnx", "onnxscript"), unbuilt),
     ]
 
 

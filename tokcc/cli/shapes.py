@@ -24,14 +24,9 @@ class ShapeRange:
     typical: Shapes
     largest: Shapes
 
-    def dynamic(self) -> list[str]:
-        """Return the axes that vary, as ``--dynamic`` takes them."""
-        return [
-            f"{name}:{axis}={low}..{high}"
-            for name, shape in self.smallest.items()
-            for axis, (low, high) in enumerate(zip(shape, self.largest[name], strict=True))
-            if low != high
-        ]
+    def by_input(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Return the three shapes of each input."""
+        return {name: (shape, self.typical[name], self.largest[name]) for name, shape in self.smallest.items()}
 
 
 def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:

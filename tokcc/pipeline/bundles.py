@@ -76,7 +76,7 @@ def verify(
     stages = Stages(progress or silent())
     checks: list[ParityCheck] = []
     batches = 0
-    for name in bundle.runnable or (bundle.chosen(),):
+    for name in bundle.verifiable or (bundle.chosen(),):
         # Where rounding decides, each engine may have chosen otherwise; outputs are those given its choices.
         own = bundle.path / f"reference.{name}.npz"
         feeds, outputs = zip(*load_reference(own if own.is_file() else bundle.path / "reference.npz"), strict=True)

@@ -13,6 +13,8 @@ from torch.export import ExportedProgram
 from tokcc.backends.aoti import AotiOptions
 from tokcc.backends.bundle import BundleWriter
 from tokcc.backends.parity import Tolerance
+from tokcc.backends.tensorrt.options import TensorrtOptions
+from tokcc.backends.tensorrt.profiles import Shapes, varying_axes
 from tokcc.capture.export import capture
 from tokcc.capture.loaded import Loaded
 from tokcc.config import LoadedPolicy, Policy, load_policy
@@ -32,7 +34,7 @@ from tokcc.report.gates import parse_gates
 
 __all__ = ["DryRun", "compile", "reduce"]
 
-_BACKENDS = ("onnx", "pt2", "aoti")
+_BACKENDS = ("onnx", "pt2", "aoti", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def compile(
     threads: int = 0,
     device: str = "cpu",
     aoti: Mapping[str, Any] | None = None,
+    tensorrt: Mapping[str, Any] | None = None,
+    shapes: Shapes | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Any:
@@ -82,7 +86,7 @@ def compile(
         policy: A policy file, a preset's name, ``none``, a dict, or a policy.
         example_inputs: Tuple or dict of tensors; archives and Hugging Face folders bring their own.
         dynamic_shapes: As for ``torch.export.export``.
-        backends: Engines to write: ``onnx``, ``pt2``, ``aoti``.
+        backends: Engines to write: ``onnx``, ``pt2``, ``aoti``, ``tensorrt``.
         output: The bundle's folder.
         calibration: Data to measure on; without it random inputs are timed.
         gates: Conditions such as ``{"cosine": ">=0.98"}`` or ``["speedup>=1.2"]``.
@@ -103,6 +107,10 @@ def compile(
         device: What the aoti backend compiles for: ``cpu``, or ``cuda``, for which the bundle gets a script instead.
         aoti: Options of the aoti backend: ``{"freezing": False}`` leaves the weights replaceable (and halves the
             speed); others are those of ``torch._inductor.config``.
+        tensorrt: Options of the tensorrt backend: ``{"plugins": True}`` writes a graph with our kernels too, compiled
+            for ``"compute_capability": [8.0]``.
+        shapes: Smallest, usual and largest shape of inputs, by name. Axes that vary are dynamic, unless the model
+            brings dynamic axes of its own; TensorRT engines are made for these shapes.
         dry_run: Stop after planning; returns a :class:`DryRun`.
         progress: Receives the stages.
 
@@ -116,6 +124,9 @@ def compile(
     packaging = AotiOptions.of(device, aoti or {})
     if "aoti" not in backends and packaging != AotiOptions():
         raise UsageError("a device and aoti options are for the aoti backend", needed="aoti among the backends")
+    if "tensorrt" not in backends and tensorrt:
+        raise UsageError("tensorrt options are for the tensorrt backend", needed="tensorrt among the backends")
+    profiled, varying = "tensorrt" in backends, varying_axes(shapes or {})
     stages = Stages(progress or silent())
     wanted = parse_gates(gates or ())
     chosen = load_policy(policy, presets=library())
@@ -124,15 +135,13 @@ def compile(
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
         inputs=inputs,
-        dynamic=dynamic,
+        # For an engine of fixed profiles a model's own axes are welcome; else they and shapes contradict each other.
+        dynamic=dynamic if profiled else (*dynamic, *varying),
+        or_dynamic=varying if profiled else (),
         task=task,
         dtype=dtype,
         allow_pickle=allow_pickle,
     )
-    if dry_run:
-        return _dry_run(request, chosen, backends, stages)
-    if output is None:
-        raise UsageError("no output folder is given", help='for instance `output="out/"`')
     options = Options(
         backends=tuple(backends),
         opset=opset,
@@ -145,7 +154,12 @@ def compile(
         keep_baseline=keep_baseline,
         slicing=slicing,
         aoti=packaging,
+        tensorrt=TensorrtOptions.of(tensorrt or {}, shapes or {}),
     )
+    if dry_run:
+        return _dry_run(request, chosen, options, stages)
+    if output is None:
+        raise UsageError("no output folder is given", help='for instance `output="out/"`')
     with BundleWriter(output, force=force) as writer:
         if request.multimodal:
             return writer.commit(write_parts(writer.path, request.open_parts(stages), chosen, options, stages))
@@ -194,22 +208,22 @@ def _check_backends(backends: Sequence[str]) -> None:
             )
 
 
-def _dry_run(request: ModelRequest, policy: LoadedPolicy, backends: Sequence[str], stages: Stages) -> DryRun:
+def _dry_run(request: ModelRequest, policy: LoadedPolicy, options: Options, stages: Stages) -> DryRun:
     if request.multimodal:
         plans = {
-            name: _planned(part, capture(part), policy_of(policy, name), backends, stages)
+            name: _planned(part, capture(part), policy_of(policy, name), options, stages)
             for name, part in request.open_parts(stages).parts()
         }
         return DryRun({"policy": policy.policy.name, "parts": plans})
-    return DryRun(_planned(*request.open(stages), policy, backends, stages))
+    return DryRun(_planned(*request.open(stages), policy, options, stages))
 
 
 def _planned(
-    loaded: Loaded, program: Program, policy: LoadedPolicy, backends: Sequence[str], stages: Stages
+    loaded: Loaded, program: Program, policy: LoadedPolicy, options: Options, stages: Stages
 ) -> dict[str, Any]:
     reduced = reduce_program(program, policy, stages)
-    refuse_unable(reduced, backends)
     example = examples(program, loaded)
+    refuse_unable(reduced, policy, options, example)
     example |= random_values(reduced.program, reduced.declared_inputs, example, torch.Generator().manual_seed(0))
     report = facts(loaded, policy, reduced, {}, [example], stages, threads=0)
     if reduced.caches is not None:

@@ -22,12 +22,13 @@ from tokcc.backends.genai_config import save_genai_config
 from tokcc.backends.generation.added import ADDED_INPUTS, described
 from tokcc.backends.generation.decoder import SLOTS, TOKEN_BYTES
 from tokcc.backends.onnx import build_onnx, save_onnx
-from tokcc.backends.ort import Session
-from tokcc.backends.parity import Check, Tolerance, check_parity, oracle, refuse_difference
+from tokcc.backends.parity import Check, Tolerance, oracle, refuse_difference
 from tokcc.backends.pt2 import save_pt2
 from tokcc.backends.reference import save_reference
 from tokcc.backends.runtime_files import save_runtime_files
 from tokcc.backends.sessions import AOTI
+from tokcc.backends.tensorrt.graph import build_tensorrt
+from tokcc.backends.tensorrt.options import TensorrtOptions
 from tokcc.capture.loaded import Loaded
 from tokcc.config import LoadedPolicy
 from tokcc.errors import OutputError
@@ -39,8 +40,10 @@ from tokcc.pipeline.measuring import Measurement, facts, measure_engine, measure
 from tokcc.pipeline.packaging import CUDA_FOLDER, Packaged, write_package
 from tokcc.pipeline.prompt_speed import measure_prompt
 from tokcc.pipeline.reducing import Reduced, reduce_program
-from tokcc.pipeline.settling import settle
+from tokcc.pipeline.settling import check_engine
 from tokcc.pipeline.stages import Stages
+from tokcc.pipeline.tensorrt import FOLDER as TENSORRT
+from tokcc.pipeline.tensorrt import engine_profiles, write_tensorrt
 from tokcc.pipeline.weights import bundle_weights
 from tokcc.report.gates import Gate, evaluate_gates
 from tokcc.report.schema import Report
@@ -65,6 +68,7 @@ class Options:
     keep_baseline: bool = False
     slicing: bool = True
     aoti: AotiOptions = field(default_factory=AotiOptions)
+    tensorrt: TensorrtOptions = field(default_factory=TensorrtOptions)
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,14 @@ class _Emitted:
     Attributes:
         onnx: The ONNX model, if asked for.
         aoti: The same of AOTInductor.
+        tensorrt: The graph that TensorRT builds from.
         checks: Each held against the oracle, by backend.
         remarks: For the report.
     """
 
     onnx: Path | None
     aoti: Packaged | None
+    tensorrt: Packaged | None
     checks: dict[str, list[Check]]
     remarks: list[str]
 
@@ -136,7 +142,7 @@ def write_engines(
         TokccError: One of its kinds, by stage.
     """
     reduced = reduce_program(program, policy, stages, slicing=options.slicing)
-    refuse_unable(reduced, options.backends)
+    refuse_unable(reduced, policy, options, examples(program, loaded))
     remarks = save_runtime_files(loaded, place.folder)
     text: TokenText | None = None
     if reduced.caches is not None and options.calibrate and options.calibration is not None:
@@ -184,15 +190,19 @@ def examples(program: Program, loaded: Loaded) -> Feeds:
     return example_feeds(program, loaded.example_args, loaded.example_kwargs)
 
 
-def refuse_unable(reduced: Reduced, backends: Sequence[str]) -> None:
+def refuse_unable(reduced: Reduced, policy: LoadedPolicy, options: Options, example: Feeds) -> None:
     """Refuse a policy with a method that a backend cannot run, before anything is written.
 
     Raises:
         LoweringError: Naming the operation, its step, and the backends that can.
+        PlanError: A backend wants to know more of the shapes.
     """
-    if "aoti" in backends:
+    if "aoti" in options.backends:
         for refuse in (refuse_loops, refuse_deep_sizes):
             refuse(reduced.sliced, "aoti", "--backend onnx or --backend pt2")
+    if "tensorrt" in options.backends:
+        profiles = engine_profiles(reduced, example, options.tensorrt)
+        build_tensorrt(reduced.sliced, profiles, policy, opset=options.opset)
 
 
 def _emit(
@@ -209,6 +219,7 @@ def _emit(
     remarks: list[str] = []
     engine: Path | None = None
     packaged: Packaged | None = None
+    graph: Packaged | None = None
     names = list(reduced.program.output_names)
     opset, tolerance = options.opset, options.tolerance
     kept = expected
@@ -229,17 +240,12 @@ def _emit(
                         own[ADDED_INPUTS] = described(reduced.declared_inputs)
                 save_onnx(build_onnx(reduced.sliced, opset=opset, metadata=own), engine)
             with stages.stage("parity", len(feeds)) as advance:
-                checks["onnx"] = check_parity(Session(engine).run, names, feeds, expected, tolerance, advance)
-                why: str | None = None
-                if not all(check.passed for check in checks["onnx"]):
-                    build = partial(_write_onnx, opset=opset)
-                    settled = settle(reduced.program, reduced.sliced, engine, names, feeds, build, tolerance)
-                    if isinstance(settled, str):
-                        why = settled
-                    else:
-                        kept, checks["onnx"] = settled.expected, settled.checks
-                        remarks.append(settled.note)
-                refuse_difference("onnx", checks["onnx"], why)
+                build = partial(_write_onnx, opset=opset)
+                found = check_engine(
+                    "onnx", reduced.program, reduced.sliced, engine, feeds, expected, build, tolerance, advance
+                )
+            kept, checks["onnx"] = found.expected, found.checks
+            remarks += [] if found.note is None else [found.note]
         if "aoti" in options.backends:
             packaged = write_package(
                 place.engine(AOTI), reduced, options.aoti, metadata, feeds, expected, tolerance, stages
@@ -248,10 +254,22 @@ def _emit(
             remarks += packaged.remarks
             if engine is None:
                 kept = packaged.expected
+        if "tensorrt" in options.backends:
+            folder = place.root / TENSORRT
+            graph = write_tensorrt(
+                folder if place.folder == place.root else folder / Path(place.stem).name,
+                reduced, policy, options.tensorrt, metadata, feeds, expected, tolerance, opset, options.seed, stages,
+            )  # fmt: skip
+            checks["tensorrt"] = graph.checks
+            remarks += graph.remarks
+            if engine is None and packaged is None and graph.feeds is None:
+                kept = graph.expected
         if checks:
             save_reference(place.folder / "reference.npz", names, feeds, kept)
-        if packaged is not None and packaged.expected is not kept:
-            save_reference(place.folder / "reference.aoti.npz", names, feeds, packaged.expected)
+        for backend, made in (("aoti", packaged), ("tensorrt", graph)):
+            if made is not None and made.expected is not kept:
+                own_feeds = feeds if made.feeds is None else made.feeds
+                save_reference(place.folder / f"reference.{backend}.npz", names, own_feeds, made.expected)
         if "pt2" in options.backends:
             with stages.stage("write pt2"):
                 checks["pt2"] = save_pt2(reduced.sliced, place.engine(".pt2"), names, feeds, expected, tolerance)
@@ -260,7 +278,7 @@ def _emit(
         raise OutputError(
             "the bundle cannot be written", found=str(error), help="check free space and permissions"
         ) from error
-    return _Emitted(engine, packaged, checks, remarks)
+    return _Emitted(engine, packaged, graph, checks, remarks)
 
 
 def _write_onnx(program: Program, path: Path, *, opset: int) -> None:
@@ -352,6 +370,9 @@ def _manifest(
     if made.aoti is not None:
         path = made.aoti.engine or place.engine(AOTI).parent / CUDA_FOLDER / "model.pt2"
         entries["aoti"] = BackendEntry(engine=path.relative_to(place.root).as_posix(), details=made.aoti.details)
+    if made.tensorrt is not None and made.tensorrt.engine is not None:
+        path = made.tensorrt.engine.relative_to(place.root)
+        entries["tensorrt"] = BackendEntry(engine=path.as_posix(), details=made.tensorrt.details)
     if "pt2" in options.backends:
         entries["pt2"] = BackendEntry(engine=f"{place.stem}.pt2", details={"needs": "tokcc"})
     return Manifest(

@@ -12,10 +12,10 @@ import torch
 from tokcc.backends.aoti import AotiOptions, package
 from tokcc.backends.aoti_cuda import write_cuda
 from tokcc.backends.feeds import Feeds
-from tokcc.backends.parity import Check, Tolerance, check_parity, refuse_difference
-from tokcc.backends.sessions import open_engine
+from tokcc.backends.parity import Check, Tolerance, refuse_difference
+from tokcc.lowering.aten import tokcc_calls
 from tokcc.pipeline.reducing import Reduced
-from tokcc.pipeline.settling import settle
+from tokcc.pipeline.settling import check_engine
 from tokcc.pipeline.stages import Stages
 
 __all__ = ["CUDA_FOLDER", "Packaged", "write_package"]
@@ -34,6 +34,7 @@ class Packaged:
         details: For the manifest.
         expected: The oracle's outputs, given the package's choices.
         remarks: For the report.
+        feeds: What it was checked with; None = what all engines were.
     """
 
     engine: Path | None
@@ -41,6 +42,7 @@ class Packaged:
     details: dict[str, str | int | float | bool]
     expected: Sequence[Sequence[torch.Tensor]]
     remarks: list[str] = field(default_factory=list)
+    feeds: Sequence[Feeds] | None = None
 
 
 def write_package(
@@ -69,27 +71,25 @@ def write_package(
         LoweringError: The program cannot be compiled.
         ParityError: The package is not equal to the oracle.
     """
-    names = list(reduced.program.output_names)
+    remarks = _remarks(reduced)
     if options.device == "cuda":
         with stages.stage("write what builds for CUDA"):
             folder = path.parent / CUDA_FOLDER
             checks = write_cuda(reduced.sliced, folder, feeds, expected, options, tolerance)
             refuse_difference("aoti", checks)
         note = f"`{CUDA_FOLDER}/build_cuda.py` compiles the aoti package on a machine with a GPU; none is in the bundle"
-        return Packaged(None, checks, {"device": "cuda", "built": False}, expected, [note])
+        return Packaged(None, checks, {"device": "cuda", "built": False}, expected, [note, *remarks])
     build = partial(package, example=feeds[0], options=options, metadata=metadata)
     with stages.stage("compile with AOTInductor"):
         details = build(reduced.sliced, path)
-    remarks: list[str] = []
     with stages.stage("parity of the aoti engine", len(feeds)) as advance:
-        checks = check_parity(open_engine(path).run, names, feeds, expected, tolerance, advance)
-        why: str | None = None
-        if not all(check.passed for check in checks):
-            settled = settle(reduced.program, reduced.sliced, path, names, feeds, build, tolerance)
-            if isinstance(settled, str):
-                why = settled
-            else:
-                expected, checks = settled.expected, settled.checks
-                remarks.append(f"aoti: {settled.note}")
-        refuse_difference("aoti", checks, why)
-    return Packaged(path, checks, details, expected, remarks)
+        found = check_engine("aoti", reduced.program, reduced.sliced, path, feeds, expected, build, tolerance, advance)
+    remarks += [] if found.note is None else [f"aoti: {found.note}"]
+    return Packaged(path, found.checks, details, found.expected, remarks)
+
+
+def _remarks(reduced: Reduced) -> list[str]:
+    """What a user should know who expects of a package what the ONNX engine does."""
+    if any(name == "choose_by_size" for name, _ in tokcc_calls(reduced.sliced.graph)):
+        return ["aoti: where sizes say how a layer attends, the package attends both ways: the ONNX engine branches"]
+    return []

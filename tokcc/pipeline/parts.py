@@ -51,6 +51,7 @@ def write_parts(root: Path, loaded: LoadedParts, policy: LoadedPolicy, options: 
     data = _data_by_part(options.calibration, loaded)
     remarks = save_processor_files(loaded.source, root)
     made: dict[str, Manifest] = {}
+    unnamed = set(options.tensorrt.shapes)
     for name, part in loaded.parts():
         place = Place(root, root / FOLDER / name, f"{_ENGINES}/{_FILES.get(name, name)}", name)
         place.folder.mkdir(parents=True)
@@ -58,8 +59,21 @@ def write_parts(root: Path, loaded: LoadedParts, policy: LoadedPolicy, options: 
         with stages.stage(f"capture {name}"):
             program = capture(part)
         # A table of embeddings has nothing to reduce, and so nothing to compare.
-        own = replace(options, calibration=data.get(name), calibrate=options.calibrate and name != EMBED)
+        inputs = {program.public_name(node) for node in program.user_inputs}
+        shapes = {known: three for known, three in options.tensorrt.shapes.items() if known in inputs}
+        unnamed -= shapes.keys()
+        own = replace(
+            options,
+            calibration=data.get(name),
+            calibrate=options.calibrate and name != EMBED,
+            tensorrt=replace(options.tensorrt, shapes=shapes),
+        )
         made[name] = write_engines(place, part, program, policy_of(policy, name), own, stages)
+    if unnamed:
+        raise UsageError(
+            f"shapes are given for `{min(unnamed)}`, which is no input of any part",
+            help="`tokcc inspect` shows the parts and their inputs",
+        )
     inputs = {contract.name for contract in made[DECODER].inputs}
     media = _media(loaded, made[loaded.family.medium.part], unmerged=TOKEN_ASSIGN.name in inputs)
     masks = [

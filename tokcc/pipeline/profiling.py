@@ -27,6 +27,7 @@ from tokcc.passes.cache.planning import make_cache_plan
 from tokcc.passes.cache.rebuild import RebuildCaches
 from tokcc.passes.methods import library
 from tokcc.pipeline.decoding import tokenized
+from tokcc.pipeline.profiling_densities import DensitySums
 from tokcc.pipeline.profiling_patterns import PatternSearch
 from tokcc.pipeline.profiling_scans import ScanProfile, profile_scans
 from tokcc.pipeline.profiling_thresholds import ThresholdSearch
@@ -68,6 +69,7 @@ class HeadProfile(SavedProfile):
             find most of what is attended to; None in a model without rotations.
         query_pairs: The same of each query head alone.
         thresholds: Estimated ratios that each query head may leave out in sparse attention; None without a text.
+        densities: How evenly each layer rates the blocks of a text, 1 = all alike.
     """
 
     echo: tuple[tuple[float, ...], ...]
@@ -82,6 +84,7 @@ class HeadProfile(SavedProfile):
     key_pairs: OrderedPairs | None = None
     query_pairs: OrderedPairs | None = None
     thresholds: tuple[tuple[float, ...], ...] | None = None
+    densities: tuple[float, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """See :class:`SavedProfile`."""
@@ -171,15 +174,16 @@ def profile(
     patterns, thresholds, channels = None, None, ChannelSums()
     pairs = _pairs_of_layers(program, sites)
     agreement = PairAgreement(pairs)
-    of_channels = [channels.hear, *([agreement.hear] if pairs else [])]
+    densities = DensitySums(block)
+    of_any_text = [channels.hear, densities.hear, *([agreement.hear] if pairs else [])]
     if data is None:
         with stages.stage("measure channels"):
-            listener.run(listener.random(tokens), _all(of_channels))
+            listener.run(listener.random(tokens), _all(of_any_text))
     else:
         with stages.stage("choose patterns and thresholds"):
             search, losses = PatternSearch(tokens, block, keep), ThresholdSearch(block)
             for ids in _pieces_of(data, tokens, loaded):
-                listener.run(ids, _all([search.hear, losses.hear, *of_channels]))
+                listener.run(ids, _all([search.hear, losses.hear, *of_any_text]))
             patterns, thresholds = search.found(), losses.found()
     return HeadProfile(
         _rows(echo),
@@ -194,6 +198,7 @@ def profile(
         agreement.of_key_heads(),
         agreement.of_query_heads(),
         thresholds,
+        densities.found(),
     )
 
 

@@ -30,6 +30,7 @@ class ModelRequest:
         task: Task of a Hugging Face model.
         dtype: Floating-point type to cast the model to.
         allow_pickle: Load pickled modules.
+        or_dynamic: Like `dynamic`, for a model that brings no dynamic axes of its own.
     """
 
     model: Any
@@ -40,6 +41,7 @@ class ModelRequest:
     task: str | None = None
     dtype: str | None = None
     allow_pickle: bool = False
+    or_dynamic: Sequence[str] = ()
 
     def open(self, stages: Stages) -> tuple[Loaded, Program]:
         """Load the model and capture it as a clean program."""
@@ -50,6 +52,7 @@ class ModelRequest:
                 dynamic_shapes=self.dynamic_shapes,
                 inputs=self.inputs,
                 dynamic=self.dynamic,
+                or_dynamic=self.or_dynamic,
                 task=self.task,
                 dtype=self.dtype,
                 allow_pickle=self.allow_pickle,

@@ -1,4 +1,4 @@
-"""What to make of an engine that differs from its reference: wrong, or rounded the other way where two were equal."""
+"""Is an engine equal to its reference, and if not: wrong, or rounded the other way where two were equal?"""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 
 from tokcc.backends.decisions import decisions, replay, watching
 from tokcc.backends.feeds import Feeds
-from tokcc.backends.parity import Check, Tolerance, check_parity, numpy_feeds
+from tokcc.backends.parity import Check, Tolerance, check_parity, numpy_feeds, refuse_difference
 from tokcc.backends.sessions import ending, open_engine
 from tokcc.ir.program import Program
+from tokcc.progress import Advance
 
-__all__ = ["Settled", "settle"]
+__all__ = ["Checked", "Settled", "check_engine", "settle"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,61 @@ class Settled:
     expected: list[list[torch.Tensor]]
     checks: list[Check]
     note: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An engine that equals its reference.
+
+    Attributes:
+        checks: By output.
+        expected: The reference's outputs, given the engine's choices.
+        note: For the report; None where the engine chose as the reference did.
+    """
+
+    checks: list[Check]
+    expected: Sequence[Sequence[torch.Tensor]]
+    note: str | None = None
+
+
+def check_engine(
+    backend: str,
+    reference: Program,
+    lowered: Program,
+    engine: Path,
+    inputs: Sequence[Feeds],
+    expected: Sequence[Sequence[torch.Tensor]],
+    build: Callable[[Program, Path], object],
+    tolerance: Tolerance,
+    advance: Advance,
+) -> Checked:
+    """Hold an engine against its reference.
+
+    Args:
+        backend: What made it.
+        reference: The reduced program.
+        lowered: What the engine was made from.
+        engine: The engine.
+        inputs: What to run on.
+        expected: The reference's outputs for each.
+        build: Writes an engine of a program as this one was written.
+        tolerance: What counts as equal.
+        advance: Told after each input.
+
+    Raises:
+        ParityError: It differs by more than rounding.
+    """
+    names = list(reference.output_names)
+    checks = check_parity(open_engine(engine).run, names, inputs, expected, tolerance, advance)
+    found, why = Checked(checks, expected), None
+    if not all(check.passed for check in checks):
+        settled = settle(reference, lowered, engine, names, inputs, build, tolerance)
+        if isinstance(settled, str):
+            why = settled
+        else:
+            found = Checked(settled.checks, settled.expected, settled.note)
+    refuse_difference(backend, found.checks, why)
+    return found
 
 
 def settle(

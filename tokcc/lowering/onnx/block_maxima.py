@@ -43,6 +43,10 @@ def block_maxima(
     dtype, heads, width = ir_dtype(fake.dtype), int(fake.shape[1]), int(fake.shape[3])
     kv_heads = int(key.meta["val"].shape[1])
     rows, length = t.axis(query, 2), t.axis(key, 2)
+    if not t.target.free_loops:
+        q, k, of_rows, of_keys, known = (t.value(x) for x in (query, key, query_bias, key_bias, valid))
+        sizes, blocks = (heads, kv_heads, width), (block_q, block_k)
+        return _every_row(op, q, k, of_rows, of_keys, known, rows, length, sizes, blocks, dtype)
     queries = blocks_of(op, t.value(query), rows, 2, 4, block_q, dtype)  # [B, H, MQ, block_q, D]
     of_rows = blocks_of(op, t.value(query_bias), rows, 2, 3, block_q, _FLOAT)  # [B, H, MQ, block_q]
     keys = blocks_of(op, t.value(key), length, 2, 4, block_k, dtype)  # [B, Hkv, M, block_k, D]
@@ -83,6 +87,58 @@ def block_maxima(
 
     stacked = each_row(op, queries, _FLOAT, row)  # [MQ, B, H, M]
     return op("Transpose", stacked, perm=[1, 2, 0, 3])
+
+
+def _every_row(
+    op: Recorder,
+    query: Any,
+    key: Any,
+    of_rows: Any,
+    of_keys: Any,
+    valid: Any,
+    rows: Any,
+    length: Any,
+    sizes: tuple[int, int, int],
+    blocks: tuple[int, int],
+    dtype: ir.DataType,
+) -> Any:
+    """All queries at once, for runtimes without such loops: the whole map.
+
+    Args:
+        op: Records.
+        query: ``[B, H, R, D]``.
+        key: ``[B, Hkv, L, D]``.
+        of_rows: What is added for each query, ``[B, H, R]``.
+        of_keys: What is added for each key, ``[B, H, L]``.
+        valid: bool ``[B, L]``.
+        rows: R, int64 ``[1]``.
+        length: L, the same.
+        sizes: H, Hkv, D.
+        blocks: Queries and keys in a block.
+        dtype: Of the query.
+    """
+    heads, kv_heads, width = sizes
+    zero, one = op.constant(0, _INT), op.constant(1, _INT)
+    asked = op("Reshape", query, op.ints([0, kv_heads, -1, width]))
+    logits = op("MatMul", asked, op("Transpose", key, perm=[0, 1, 3, 2]))  # [B, Hkv, G * R, L]
+    logits = logits if dtype == _FLOAT else op("Cast", logits, to=int(_FLOAT))
+    logits = op("Reshape", logits, op("Concat", op.ints([0, heads]), rows, length, axis=0))
+    logits = op("Add", logits, op("Unsqueeze", of_keys, op.ints([2])))
+    logits = op("Add", logits, op("Unsqueeze", of_rows, op.ints([3])))
+    slot = op("Range", zero, op("Squeeze", length, op.ints([0])), one)
+    own = op("Add", op("Range", zero, op("Squeeze", rows, op.ints([0])), one), op("Sub", length, rows))
+    seen = op("And", op("LessOrEqual", slot, op("Unsqueeze", own, op.ints([1]))), op("Unsqueeze", valid, op.ints([1])))
+    seen = op("Unsqueeze", seen, op.ints([1]))  # [B, 1, R, L]
+    logits = op("Where", seen, logits, op.constant(_LOWEST, _FLOAT))
+    # What is missing to a whole block holds nothing.
+    missing = [op("Mod", op("Neg", size), op.ints([block])) for size, block in zip((rows, length), blocks, strict=True)]
+    padded = op("Pad", logits, op("Concat", op.ints([0] * 6), *missing, axis=0), op.constant(_LOWEST, _FLOAT))
+    many = [
+        op("Div", op("Add", size, op.ints([block - 1])), op.ints([block]))
+        for size, block in zip((rows, length), blocks, strict=True)
+    ]
+    shape = op("Concat", op.ints([0, heads]), many[0], op.ints([blocks[0]]), many[1], op.ints([blocks[1]]), axis=0)
+    return op("ReduceMax", op("Reshape", padded, shape), op.ints([3, 5]), keepdims=0)
 
 
 LOWERINGS: dict[Any, Any] = {torch.ops.tokcc.block_maxima.default: block_maxima}

@@ -101,6 +101,7 @@ class _Attention:
         causal: See the operation.
         softcap: As above.
         blocked: Whether keys are in blocks.
+        longest: Read no more blocks than the longest list of the row has; otherwise as many as a list has room for.
         dtype: Of keys.
         lowest: Half of the lowest number: added to a logit it stays a number.
         bias: Of each key, like the keys with a width of 1; None = none.
@@ -121,6 +122,7 @@ class _Attention:
     causal: bool
     softcap: float
     blocked: bool
+    longest: bool
     dtype: ir.DataType
     lowest: float
     bias: Any
@@ -184,6 +186,7 @@ def block_sparse_attention(
         causal=causal,
         softcap=softcap,
         blocked=blocked,
+        longest=t.target.lengths_by_value,
         dtype=dtype,
         lowest=float(torch.finfo(fake.dtype).min) / 2,
         bias=added,
@@ -199,6 +202,8 @@ def block_sparse_attention(
         row, listed, blocks = (body("Gather", x, step, axis=2) for x in (queries, counts, table))
         return _row(body, a, row, listed, blocks, body("Mul", step, op.constant(block_q, _INT)), only)
 
+    if not t.target.free_loops:
+        return op("Slice", _every_row(op, a, queries, counts, table), op.ints([0]), rows, op.ints([2]))
     stacked = each_row(op, queries, dtype, attend)  # [trips, B, H, block, Dv]
     flat = op("Reshape", op("Transpose", stacked, perm=[1, 2, 0, 3, 4]), op.ints([0, heads, -1, widths[1]]))
     return op("Slice", flat, op.ints([0]), rows, op.ints([2]))
@@ -220,8 +225,11 @@ def _row(op: Recorder, a: _Attention, query: Any, listed: Any, blocks: Any, star
         ``[B, H, block, Dv]``.
     """
     never, size = op.constant(_NEVER, _INT), op.constant(a.block_k, _INT)
-    most = op("Reshape", op("ReduceMax", listed, keepdims=0), op.ints([1]))
-    blocks = op("Slice", blocks, op.ints([0]), most, op.ints([2]))  # [B, Hs, n]
+    if a.longest:
+        most = op("Reshape", op("ReduceMax", listed, keepdims=0), op.ints([1]))
+        blocks = op("Slice", blocks, op.ints([0]), most, op.ints([2]))  # [B, Hs, n]
+    else:
+        most = op("Shape", blocks, start=2, end=3)
     inner = op.constant(list(range(a.block_k)), _INT)
     # Where every key stands; those that are not meant stand where nobody sees them.
     rank = op("Range", op.constant(0, _INT), op("Squeeze", most, op.ints([0])), op.constant(1, _INT))
@@ -266,6 +274,66 @@ def _row(op: Recorder, a: _Attention, query: Any, listed: Any, blocks: Any, star
     probs = op("Softmax", op("Add", op("Reshape", logits, split), mask), axis=-1)
     joined = op("Reshape", probs, op("Concat", op.ints([0, a.groups, -1]), span, axis=0))
     return op("Reshape", op("MatMul", joined, values), op.ints([0, a.heads, a.block_q, a.widths[1]]))
+
+
+def _every_row(op: Recorder, a: _Attention, queries: Any, listed: Any, blocks: Any) -> Any:
+    """Attend with all blocks of queries at once: every key is copied for each list that names it.
+
+    Args:
+        op: Records.
+        a: The attention; keys are in blocks.
+        queries: ``[B, H, MQ, block, D]``.
+        listed: How many blocks of keys are meant, ``[B, Hs, MQ]``.
+        blocks: Which, ``[B, Hs, MQ, K]``.
+
+    Returns:
+        ``[B, H, MQ * block, Dv]``.
+    """
+    never, size = op.constant(_NEVER, _INT), op.constant(a.block_k, _INT)
+    group, spread = a.heads // a.groups, op("Shape", blocks)
+    rank = op("Range", op.constant(0, _INT), op("Squeeze", op("Shape", blocks, start=3, end=4), op.ints([0])),
+              op.constant(1, _INT))  # fmt: skip
+    meant = op("Less", rank, op("Unsqueeze", listed, op.ints([3])))
+    first = op("Where", meant, op("Mul", blocks, size), never)
+    slots = op("Add", op("Unsqueeze", first, op.ints([4])), op.constant(list(range(a.block_k)), _INT))
+    if a.known is not None:
+        seen = op("GatherND", a.known, op("Reshape", blocks, op.ints([0, -1, 1])), batch_dims=1)
+        seen = op("Reshape", seen, op("Concat", spread, op.ints([a.block_k]), axis=0))
+        slots = op("Where", seen, slots, never)  # [B, Hs, MQ, K, block]
+    many = op("Shape", queries, start=2, end=3)
+    slots = op("Reshape", slots, op("Concat", op.ints([0, a.groups]), many, op.ints([1, -1]), axis=0))
+    row = op("Range", op.constant(0, _INT), op("Squeeze", many, op.ints([0])), op.constant(1, _INT))
+    begin = op("Unsqueeze", op("Add", op("Mul", row, op.constant(a.block_q, _INT)), a.past), op.ints([1, 2]))
+    # The query heads of a list stand beside each other: each has the same rows.
+    inner = op.constant([[i] for _ in range(group) for i in range(a.block_q)], _INT)
+    last = op("Add", begin, inner) if a.causal else op("Sub", a.length, op.ints([1]))
+    allowed = op("LessOrEqual", slots, last)  # [B, Hs, MQ, G * block, K * block], or one row of them
+    mask = op("Where", allowed, op.constant(0.0, a.dtype), op.constant(a.lowest, a.dtype))
+    places = op("Reshape", blocks, op.ints([0, a.groups, -1]))  # [B, Hs, MQ * K]
+    places = _with_head(op, places, a.groups, a.heads // a.kv_heads) if a.own else op("Unsqueeze", places, op.ints([3]))
+    keys, values, bias = (
+        x
+        if x is None
+        else op(
+            "Reshape",
+            op("GatherND", x, places, batch_dims=1 if a.own else 2),
+            op("Concat", op.ints([0, a.groups]), many, op.ints([-1, width]), axis=0),
+        )
+        for x, width in zip((a.key, a.value, a.bias), (*a.widths, 1), strict=True)
+    )  # [B, Hs, MQ, K * block, D]
+    grouped = op("Concat", op.ints([0, a.groups, group]), many, op.ints([a.block_q, a.widths[0]]), axis=0)
+    asked = op("Transpose", op("Reshape", queries, grouped), perm=[0, 1, 3, 2, 4, 5])
+    asked = op("Reshape", asked, op("Concat", op.ints([0, a.groups]), many, op.ints([-1, a.widths[0]]), axis=0))
+    logits = op("MatMul", asked, op("Transpose", keys, perm=[0, 1, 2, 4, 3]))
+    if a.softcap:
+        cap = op.constant(a.softcap, a.dtype)
+        logits = op("Mul", op("Tanh", op("Div", logits, cap)), cap)
+    if bias is not None:
+        logits = op("Add", logits, op("Transpose", bias, perm=[0, 1, 2, 4, 3]))
+    out = op("MatMul", op("Softmax", op("Add", logits, mask), axis=-1), values)  # [B, Hs, MQ, G * block, Dv]
+    split = op("Concat", op.ints([0, a.groups]), many, op.ints([group, a.block_q, a.widths[1]]), axis=0)
+    turned = op("Transpose", op("Reshape", out, split), perm=[0, 1, 3, 2, 4, 5])
+    return op("Reshape", turned, op.ints([0, a.heads, -1, a.widths[1]]))
 
 
 def _with_head(op: Recorder, blocks: Any, heads: int, group: int) -> Any:

@@ -30,6 +30,8 @@ def retain_slots(t: Translator, node: fx.Node, rating: Any, k: Any) -> Any:
     """Two sorts; where at most one entry goes, as in every step of a generation, the lowest one is found instead."""
     del node
     value, wanted = t.value(rating), t.size_vector(k)
+    if not t.target.branches:
+        return _sorted_best(t.op, value, wanted)
     total = t.axis(rating, 2)
     few = t.op("LessOrEqual", t.op("Sub", total, wanted), t.op.ints([1]))
     # There is no lowest one of no slots at all.

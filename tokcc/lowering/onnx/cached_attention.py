@@ -97,8 +97,10 @@ def cached_attention(
     )
     before = len(t.op.nodes)
     rows = fake.shape[2]
-    if isinstance(rows, int):
-        results = _plain(t.op, a, _visible(t.op, a)) if rows <= PLAIN else _blocks(t.op, a)
+    if not t.target.free_loops or (isinstance(rows, int) and rows <= PLAIN):
+        results = _plain(t.op, a, _visible(t.op, a))
+    elif isinstance(rows, int):
+        results = _blocks(t.op, a)
     else:
         few = t.op("LessOrEqual", t.op("Squeeze", new, t.op.ints([0])), t.op.constant(PLAIN, _INT))
         visible = _shared_mask(t, few, a)

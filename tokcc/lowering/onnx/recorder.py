@@ -37,13 +37,16 @@ class Recorder:
         self._names[name] = count + 1
         return name if count == 0 else f"{name}_{count}"
 
-    def __call__(self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: Any) -> Any:
+    def __call__(
+        self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, domain: str = "", **attributes: Any
+    ) -> Any:
         """Append a node.
 
         Args:
             op_type: The operation.
             inputs: Operands; None for one that is left out.
             outputs: How many.
+            domain: Of the operation; the standard one if empty.
             attributes: Attributes; None is left out.
 
         Returns:
@@ -61,11 +64,11 @@ class Recorder:
         key = None
         if hashable:
             frozen = tuple(sorted((n, tuple(v) if isinstance(v, list) else v) for n, v in given.items()))
-            key = (op_type, tuple(id(v) for v in trimmed), frozen, outputs)
+            key = (domain, op_type, tuple(id(v) for v in trimmed), frozen, outputs)
             if key in self._known:
                 return self._known[key]
         node = ir.Node(
-            "",
+            domain,
             op_type,
             trimmed,
             ir.convenience.convert_attributes(given),

@@ -17,8 +17,9 @@ from tokcc.ir.program import Program
 from tokcc.lowering.onnx.pass_through import Passages
 from tokcc.lowering.onnx.recorder import Recorder
 from tokcc.lowering.onnx.sinking import sink
+from tokcc.lowering.onnx.target import ANY_RUNTIME, Target
 
-__all__ = ["IR_VERSIONS", "Translator", "ir_dtype", "translate"]
+__all__ = ["IR_VERSIONS", "SIZE", "Translator", "ir_dtype", "translate"]
 
 Lowering = Callable[..., Any]
 
@@ -34,6 +35,8 @@ _DTYPES = {
     torch.uint8: ir.DataType.UINT8,
     torch.bool: ir.DataType.BOOL,
 }
+SIZE = "tokcc.size"
+"""Where a value that holds a size has it as torch knows it, in its ``meta``."""
 IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12}
 """The lowest IR version of each opset: newer ones are refused by runtimes."""
 
@@ -53,11 +56,15 @@ class Translator:
         program: The program.
         table: Lowerings by operation: ``f(t, node, *args, **kwargs)`` with the node's own arguments.
         opset: Version of the standard domain.
+        target: What the graph may hold.
     """
 
-    def __init__(self, program: Program, table: Mapping[Any, Lowering], opset: int) -> None:
+    def __init__(
+        self, program: Program, table: Mapping[Any, Lowering], opset: int, target: Target = ANY_RUNTIME
+    ) -> None:
         self.program = program
-        self.table = table
+        self.table = {**table, **target.forms}
+        self.target = target
         self.op = Recorder(opset)
         self.passages = Passages()
         self.env: dict[fx.Node, Any] = {}
@@ -151,6 +158,7 @@ class Translator:
         key = size.node.expr
         if key not in self._axes:
             self._axes[key] = self.op("Shape", self.value(node), start=axis, end=axis + 1)
+            self._axes[key].meta[SIZE] = size
         return self._axes[key]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -182,13 +190,14 @@ class Translator:
             if node.op == "call_function":
                 self.env[node] = self._call(node)
         outputs = self._outputs()
-        self.passages.apply(self.op, outputs)
+        if self.target.branches:
+            self.passages.apply(self.op, outputs)
         graph = ir.Graph(
             inputs,
             outputs,
             nodes=self.op.nodes,
             initializers=list(self.op.initializers.values()),
-            opset_imports={"": self.op.opset},
+            opset_imports={"": self.op.opset, **dict.fromkeys(self.target.domains, 1)},
             name="tokcc",
         )
         graph.sort()
@@ -210,8 +219,11 @@ class Translator:
                 help="move it out of the model, or write it with simpler operations; please report it",
             )
         result = lowering(self, node, *node.args, **node.kwargs)
-        if isinstance(result, ir.Value) and isinstance(node.meta.get("val"), torch.Tensor):
-            self._annotate(result, node.meta["val"])
+        fake = node.meta.get("val")
+        if isinstance(result, ir.Value) and isinstance(fake, torch.Tensor):
+            self._annotate(result, fake)
+        if isinstance(result, ir.Value) and isinstance(fake, torch.SymInt):
+            result.meta.setdefault(SIZE, fake)
         return result
 
     def _annotate(self, value: ir.Value, fake: torch.Tensor) -> None:
@@ -260,12 +272,13 @@ class Translator:
         return node_out.outputs[0]
 
 
-def translate(program: Program, opset: int = 18) -> ir.Model:
+def translate(program: Program, opset: int = 18, target: Target = ANY_RUNTIME) -> ir.Model:
     """Translate a program to an ONNX model with standard operations.
 
     Args:
         program: The program; its ``tokcc::`` nodes become standard operations too.
         opset: 18 to 24.
+        target: What the graph may hold.
 
     Raises:
         LoweringError: When an operation, dtype or opset has no form.
@@ -276,4 +289,4 @@ def translate(program: Program, opset: int = 18) -> ir.Model:
         raise LoweringError(
             f"opset {opset} is not supported", needed=f"{min(IR_VERSIONS)} to {max(IR_VERSIONS)}", found=str(opset)
         )
-    return Translator(program, lowerings(), opset).run()
+    return Translator(program, lowerings(), opset, target).run()

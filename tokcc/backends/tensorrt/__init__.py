@@ -1,0 +1,1 @@
+"""The TensorRT backend: a folder that builds with the user's own tools."""
