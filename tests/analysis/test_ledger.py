@@ -18,6 +18,7 @@ from tokcc.testing import plan_for, reduce_program, trace
 pytestmark = pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\):FutureWarning")
 
 DEPTH, TOKENS = 12, 197
+TOME = {"preset": "tome", "r": 3}
 
 
 class Encoder(nn.Module):
@@ -109,3 +110,18 @@ def test_the_embedding_is_in_no_block() -> None:
     counted = ledger(program, plan_for(program, "none").sites, {"pixel_values": (1, 3, 32, 32)})
     outside = counted.total.flops - sum(block.flops for block in counted.blocks)
     assert outside == 2 * (64 * 64 * 3 * 4 * 4 + 64 * 10)  # patches and classifier
+
+
+@pytest.mark.parametrize("length", [9, 10, 20])
+def test_tome_of_any_length_counts_as_of_that_length(length: int) -> None:
+    """Every second token is taken from a place on of which torch cannot prove that it is not negative."""
+    entry = ZOO["bert"]
+    inputs = entry.inputs(2, length)
+    shapes = {name: tuple(x.shape) for name, x in inputs.items()}
+    counted = []
+    for axes in (entry.dynamic_shapes(), None):
+        reduced, plan = reduce_program(trace(entry.build(), inputs, axes), {"version": 1, "steps": [TOME]})
+        counted.append(ledger(reduced, plan.sites, shapes))
+    free, fixed = counted
+    assert [block.flops for block in free.blocks] == [block.flops for block in fixed.blocks]
+    assert free.inserted.flops == fixed.inserted.flops > 0

@@ -271,3 +271,17 @@ def test_a_model_without_choices_has_nothing_to_settle(tmp_path: Path) -> None:
     feeds: dict[str, Any] = {"input": torch.randn(1, 3)}
     found = settle(program, program, engine_of(program, tmp_path), ["output"], [feeds], build, Tolerance())
     assert found == "the model makes no choices"
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 2e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+def test_numbers_are_as_exact_as_what_they_are_made_of(dtype: torch.dtype, near: float) -> None:
+    """Similarities are computed in float32, of keys in half precision."""
+
+    class Similar(nn.Module):
+        def forward(self, keys: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+            score = (keys * keys).float().sum(2)
+            return score.topk(2, 1).indices, other.topk(2, 1).indices
+
+    program = trace(Similar(), {"keys": torch.randn(2, 7, 4).to(dtype), "other": torch.randn(2, 7)})
+    made, plain = decisions(program)
+    assert (made.near, plain.near) == (near, 2e-5)

@@ -9,15 +9,8 @@ import onnx
 import pytest
 
 from tests.decoders.engine import build, tokens
-from tests.decoders.tiny import program_of
 
 SELECTING = {"TopK", "ArgMin", "GatherND"}
-
-
-@pytest.fixture(autouse=True)
-def _as_captured() -> None:
-    """Policies that were applied before leave facts about a program's sizes: capture it anew, as a compile does."""
-    program_of.cache_clear()
 
 
 def _operations(graph: onnx.GraphProto) -> Iterator[str]:

@@ -22,6 +22,7 @@ from torch.export import Dim
 from tokcc.backends.onnx import build_onnx
 from tokcc.ir.builder import Builder, EagerBuilder, GraphBuilder
 from tokcc.ir.edit import fake_mode_of
+from tokcc.ir.own_sizes import with_own_sizes
 from tokcc.ir.program import Program
 from tokcc.ir.symbols import SizeWatch
 from tokcc.passes.outputs import OutputPlan
@@ -110,14 +111,14 @@ def _skeleton(inputs: tuple[Input, ...], dtype: torch.dtype, dynamic: bool) -> P
 @cache
 def program_of(case: Case, *, dtype: torch.dtype = torch.float32, dynamic: bool = False) -> Program:
     """Return the program of a case."""
-    skeleton = _skeleton(case.inputs, dtype, dynamic)
+    skeleton = with_own_sizes(_skeleton(case.inputs, dtype, dynamic))
     builder = GraphBuilder(fake_mode_of(skeleton))
     handles = [builder.placeholder(node) for node in skeleton.user_inputs]
     results = _tuple(case.body(builder, *handles))
     env = fake_mode_of(skeleton).shape_env
     if env is not None and any(known.is_number for known in env.replacements.values()):
-        _skeleton.cache_clear()  # torch's own fake of this operation fixed a size: not one for the next case
-        builder.inputs = SizeWatch(None)  # a reduction is refused for it; here only the lowering is tried
+        # Torch's own fake of this operation fixed a size. A reduction is refused for it; here the lowering is tried.
+        builder.inputs = SizeWatch(None)
     names = tuple(f"y{i}" for i in range(len(results)))
     skeleton = _with_outputs(skeleton, len(results))
     return finish(skeleton, builder, OutputPlan(names, ("full",) * len(names), None, results))

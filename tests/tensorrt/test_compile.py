@@ -19,7 +19,7 @@ from tests.tensorrt.models import decoder, policy_of, text_shapes
 from tests.tensorrt.rtx import build, needs_rtx
 from tests.vlm.bundles import compiled as compiled_parts
 from tests.zoo.arguments import arguments
-from tokcc.backends.tensorrt.graph import build_tensorrt
+from tokcc.backends.tensorrt.graph import lower
 from tokcc.backends.tensorrt.profiles import make_profiles
 from tokcc.cli import app
 from tokcc.errors import LoweringError, PlanError, UsageError
@@ -188,7 +188,7 @@ class TestDecoders:
         reduced, _ = decoder(policy.policy)
         profiles = make_profiles(reduced.sliced, {}, text_shapes((1, 8, 16), (1, 64, 128)))
         with pytest.raises(LoweringError, match="two ways") as caught:
-            build_tensorrt(reduced.sliced, profiles, policy)
+            lower(reduced.sliced, profiles, policy).legal(policy)
         assert "step 1 `quest`" in (caught.value.policy or "")
         assert "single tokens" in (caught.value.help or "")
 
@@ -197,7 +197,7 @@ class TestDecoders:
         profiles = make_profiles(reduced.sliced, {}, text_shapes((8, 12, 16), (8, 12, 16)))
         example = {"input_ids": torch.full((2, 4), 40), "attention_mask": torch.ones(2, 4, dtype=torch.int64),
                    "position_ids": torch.zeros(2, 4, dtype=torch.int64)}  # fmt: skip
-        feeds, expected = calls_within(reduced, profiles, [example], [[]], 0)
+        feeds, expected = calls_within(reduced, reduced.program, profiles, [example], [[]], 0)
         assert [feed["input_ids"].shape[1] for feed in feeds] == [12]
         assert len(expected) == 1
 
@@ -249,4 +249,4 @@ class TestDecoders:
         example = {"input_ids": torch.full((2, 4), 40), "attention_mask": torch.ones(2, 4, dtype=torch.int64),
                    "position_ids": torch.zeros(2, 4, dtype=torch.int64)}  # fmt: skip
         with pytest.raises(PlanError, match="cannot be checked"):
-            calls_within(reduced, profiles, [example], [[]], 0)
+            calls_within(reduced, reduced.program, profiles, [example], [[]], 0)

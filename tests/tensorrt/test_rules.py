@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from tests.tensorrt.models import WIDTH, encoder, policy_of
-from tokcc.backends.tensorrt.graph import build_tensorrt, refuse_violations
+from tokcc.backends.tensorrt.graph import lower, refuse_violations
 from tokcc.backends.tensorrt.profiles import make_profiles
 from tokcc.backends.tensorrt.rules import LARGEST_K, OPERATIONS, Violation, violations
 from tokcc.errors import LoweringError
@@ -110,10 +110,10 @@ class TestK:
         given = {"src": ((1, 64, WIDTH), (2, 128, WIDTH), (4, longest, WIDTH))}
         profiles = make_profiles(reduced.sliced, EXAMPLE, given)
         if k is None:
-            assert build_tensorrt(reduced.sliced, profiles, policy).graph.inputs[0].name == "src"
+            assert lower(reduced.sliced, profiles, policy).legal(policy).model.graph.inputs[0].name == "src"
             return
         with pytest.raises(LoweringError) as caught:
-            build_tensorrt(reduced.sliced, profiles, policy)
+            lower(reduced.sliced, profiles, policy).legal(policy)
         assert f"{k} at the max shapes" in (caught.value.found or "")
         assert "step 1 `evit`" in (caught.value.policy or "")
         assert "tokens: 3840" in (caught.value.help or "")

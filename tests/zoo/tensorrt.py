@@ -23,6 +23,7 @@ from tests.zoo import contract
 from tests.zoo.contract_table import HEAD, Case, Row, read_rows, write_rows
 from tokcc.backends.ort import Session
 from tokcc.backends.tensorrt.folder import CHECKED_WITH
+from tokcc.backends.tensorrt.graph import lower
 from tokcc.backends.tensorrt.profiles import Profile, Shapes, make_profiles
 from tokcc.errors import TokccError
 from tokcc.passes.methods import library
@@ -114,7 +115,8 @@ def run_case(case: Case) -> Row:
             place = folder / str(number)
             try:
                 profiles = make_profiles(reduced.sliced, {}, shapes_of(reduced, side))
-                write_graph(place, reduced, policy, profiles)
+                lowered = lower(reduced.sliced, profiles, policy).legal(policy)
+                write_graph(place, "model", reduced, policy, lowered)
             except TokccError as error:
                 refused = refused or contract.refused(case, error)
                 continue
@@ -126,7 +128,7 @@ def run_case(case: Case) -> Row:
 def _built(case: Case, reduced: Reduced, profiles: Sequence[Profile], folder: Path) -> Row:
     calls = None
     if reduced.caches is not None:
-        calls = calls_within(reduced, profiles, *contract.decoder_feeds(reduced), 0)
+        calls = calls_within(reduced, reduced.program, profiles, *contract.decoder_feeds(reduced), 0)
     row = contract.compared(case, reduced, Session(folder / "model.onnx", threads=1, patterns=False), calls)
     made = build(folder) if row.status == "ok" else {"ok": True}
     return row if made["ok"] else Row(case, "failed", reason=f"the builder refuses it: {made['error'][:400]}")

@@ -31,7 +31,10 @@ __all__ = ["Decision", "Replayed", "decisions", "replay", "watching"]
 aten = torch.ops.aten
 
 _NEAR = {torch.float32: 2e-5, torch.float64: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Numbers this near, as a share of their sample's largest, go either way: a tenth of what parity allows outputs."""
+"""Numbers this near, as a share of their sample's largest, go either way: a tenth of what parity allows outputs.
+
+Of numbers in float32 that are made of numbers in half precision, what holds for those holds.
+"""
 _OUT_OF_SIGHT = 1e29
 """Larger numbers mark what cannot be chosen, and are no scale."""
 
@@ -43,10 +46,12 @@ class Decision:
     Attributes:
         node: The operation that makes it.
         shown: The node whose value is the choice: the operation, or its indices.
+        near: Numbers this near, as a share of their sample's largest, go either way.
     """
 
     node: fx.Node
     shown: fx.Node
+    near: float
 
     @property
     def output(self) -> str:
@@ -176,7 +181,11 @@ _RULES: dict[Any, _Rule] = {
 def decisions(program: Program) -> list[Decision]:
     """Return the choices between real numbers in a program, in order."""
     found: list[Decision] = []
+    near: dict[fx.Node, float] = {}
     for node in program.graph.nodes:
+        value = node.meta.get("val")
+        own = _NEAR.get(value.dtype, 0.0) if isinstance(value, Tensor) else 0.0
+        near[node] = max([own, *(near[source] for source in node.all_input_nodes)])
         rule = _RULES.get(node.target) if node.op == "call_function" else None
         if rule is None or not isinstance(node.args[0], fx.Node) or not is_float(node.args[0]):
             continue
@@ -185,7 +194,7 @@ def decisions(program: Program) -> list[Decision]:
             part = rule.part
             shown = next((u for u in node.users if u.target is operator.getitem and u.args[1] == part), None)
         if shown is not None:
-            found.append(Decision(node, shown))
+            found.append(Decision(node, shown, near[node.args[0]]))
     return found
 
 
@@ -245,7 +254,7 @@ class _Replay(fx.Interpreter):
             return own
         self.differing += count
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        why = _unexplained(rule, args, kwargs, other, differs)
+        why = _unexplained(rule, args, kwargs, other, differs, decision.near)
         if why:
             self._refuse(decision, why)
             return own
@@ -268,7 +277,7 @@ class _Replay(fx.Interpreter):
 
 
 def _unexplained(
-    rule: _Rule, args: tuple[Any, ...], kwargs: Mapping[str, Any], other: Tensor, differs: Tensor
+    rule: _Rule, args: tuple[Any, ...], kwargs: Mapping[str, Any], other: Tensor, differs: Tensor, share: float
 ) -> str | None:
     """Say why a choice is not one that rounding explains, or None."""
     shortfall = rule.shortfall(other, *args, **kwargs).float()
@@ -276,7 +285,7 @@ def _unexplained(
         # Elsewhere what was chosen as well falls short by nothing, and may stand in another place.
         shortfall = torch.where(differs, shortfall, 0.0)
     gap = _by_sample(shortfall, len(differs))
-    near = _NEAR[args[0].dtype] * _scale(args, len(differs))
+    near = share * _scale(args, len(differs))
     if bool((gap <= near).all()):
         return None
     worst = int((gap - near).argmax())

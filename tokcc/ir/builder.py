@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from tokcc.errors import UsageError
 from tokcc.ir.fakes import counts_blocks, fake_result
@@ -25,6 +25,7 @@ from tokcc.ir.symbols import SizeWatch, free_size, size_oblivious
 __all__ = ["Builder", "EagerBuilder", "GraphBuilder", "same_size"]
 
 aten = torch.ops.aten
+_END = torch.iinfo(torch.int64).max
 
 
 def same_size(first: Any, second: Any) -> bool:
@@ -409,13 +410,30 @@ class GraphBuilder(Builder):
 
     def evaluate(self, node: fx.Node) -> None:
         """Compute the fake of a call from the fakes of its operands."""
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        found: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        args, kwargs = found
         with self.fake_mode, torch.no_grad(), size_oblivious():
             value: Any = fake_result(node.target, args)
             if value is None:
                 value = node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target is callable
             node.meta["val"] = self._renamed(value, self._example(node.target))
+            if node.target is aten.slice.Tensor:
+                self._define_slice(node.meta["val"], *args)
         self.inputs.after(node)
+
+    def _define_slice(
+        self, result: torch.Tensor, source: torch.Tensor, axis: int, start: Any = 0, end: Any = _END, step: int = 1
+    ) -> None:
+        """Keep how long a slice is where torch says nothing: it cannot prove that its ends count from the front."""
+        size: Any = result.shape[axis]
+        if isinstance(size, int) or not free_unbacked_symbols(size) or not (_in_front(start) and _in_front(end)):
+            return
+        whole: Any = source.shape[axis]
+        smaller: Any = torch.sym_min
+        larger: Any = torch.sym_max
+        to = whole if isinstance(end, int) and end == _END else smaller(end, whole)
+        length = (larger(to - start, 0) + step - 1) // step
+        self.definitions.setdefault(size.node.expr, length.node.expr)
 
     def _example(self, target: Any) -> int | None:
         """Return an example of the sizes that an operation makes; None = what the example's sizes give."""
@@ -564,6 +582,13 @@ class GraphBuilder(Builder):
 def _plain(size: Any) -> Any:
     """Return the number or symbol behind a size handle."""
     return size.meta["val"] if isinstance(size, fx.Node) else size
+
+
+def _in_front(place: Any) -> bool:
+    """Whether a place of a slice counts from the front, as its example does."""
+    if not isinstance(place, torch.SymInt):
+        return isinstance(place, int) and place >= 0
+    return place.node.hint is not None and bool(place.node.hint >= 0)
 
 
 def _compound(size: Any) -> bool:

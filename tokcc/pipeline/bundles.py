@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokcc.backends.bundle import Bundle, BundleWriter
+from tokcc.backends.float32 import open_in_float32
 from tokcc.backends.parity import Tolerance, check_parity
 from tokcc.backends.reference import load_reference
 from tokcc.backends.sessions import open_engine
@@ -80,7 +81,7 @@ def verify(
         # Where rounding decides, each engine may have chosen otherwise; outputs are those given its choices.
         own = bundle.path / f"reference.{name}.npz"
         feeds, outputs = zip(*load_reference(own if own.is_file() else bundle.path / "reference.npz"), strict=True)
-        session = open_engine(bundle.engine(name))
+        session = open_in_float32(bundle.engine(name)) if name == "tensorrt" else open_engine(bundle.engine(name))
         with stages.stage(f"parity of the {name} engine", len(feeds)) as advance:
             expected = [list(each.values()) for each in outputs]
             found = check_parity(session.run, list(outputs[0]), feeds, expected, Tolerance(atol, rtol), advance)

@@ -27,7 +27,7 @@ from tokcc.backends.pt2 import save_pt2
 from tokcc.backends.reference import save_reference
 from tokcc.backends.runtime_files import save_runtime_files
 from tokcc.backends.sessions import AOTI
-from tokcc.backends.tensorrt.graph import build_tensorrt
+from tokcc.backends.tensorrt.graph import Lowered
 from tokcc.backends.tensorrt.options import TensorrtOptions
 from tokcc.capture.loaded import Loaded
 from tokcc.config import LoadedPolicy
@@ -43,7 +43,7 @@ from tokcc.pipeline.reducing import Reduced, reduce_program
 from tokcc.pipeline.settling import check_engine
 from tokcc.pipeline.stages import Stages
 from tokcc.pipeline.tensorrt import FOLDER as TENSORRT
-from tokcc.pipeline.tensorrt import engine_profiles, write_tensorrt
+from tokcc.pipeline.tensorrt import lower_tensorrt, write_tensorrt
 from tokcc.pipeline.weights import bundle_weights
 from tokcc.report.gates import Gate, evaluate_gates
 from tokcc.report.schema import Report
@@ -142,14 +142,14 @@ def write_engines(
         TokccError: One of its kinds, by stage.
     """
     reduced = reduce_program(program, policy, stages, slicing=options.slicing)
-    refuse_unable(reduced, policy, options, examples(program, loaded))
+    lowered = refuse_unable(reduced, policy, options, examples(program, loaded))
     remarks = save_runtime_files(loaded, place.folder)
     text: TokenText | None = None
     if reduced.caches is not None and options.calibrate and options.calibration is not None:
         with stages.stage("read the calibration data"):
             text = read_text(options.calibration, place.root, plan=reduced.caches)
     feeds, expected = _reference(program, reduced, examples(program, loaded), options.seed, stages)
-    made = _emit(place, reduced, policy, options, feeds, expected, stages)
+    made = _emit(place, reduced, policy, options, lowered, feeds, expected, stages)
     engine = made.onnx
     measurement = Measurement(seed=options.seed, threads=options.threads)
     report = facts(loaded, policy, reduced, made.checks, feeds, stages, threads=options.threads)
@@ -190,8 +190,11 @@ def examples(program: Program, loaded: Loaded) -> Feeds:
     return example_feeds(program, loaded.example_args, loaded.example_kwargs)
 
 
-def refuse_unable(reduced: Reduced, policy: LoadedPolicy, options: Options, example: Feeds) -> None:
+def refuse_unable(reduced: Reduced, policy: LoadedPolicy, options: Options, example: Feeds) -> Lowered | None:
     """Refuse a policy with a method that a backend cannot run, before anything is written.
+
+    Returns:
+        The graph for TensorRT, if it is asked for.
 
     Raises:
         LoweringError: Naming the operation, its step, and the backends that can.
@@ -200,9 +203,9 @@ def refuse_unable(reduced: Reduced, policy: LoadedPolicy, options: Options, exam
     if "aoti" in options.backends:
         for refuse in (refuse_loops, refuse_deep_sizes):
             refuse(reduced.sliced, "aoti", "--backend onnx or --backend pt2")
-    if "tensorrt" in options.backends:
-        profiles = engine_profiles(reduced, example, options.tensorrt)
-        build_tensorrt(reduced.sliced, profiles, policy, opset=options.opset)
+    if "tensorrt" not in options.backends:
+        return None
+    return lower_tensorrt(reduced, policy, example, options.tensorrt, options.opset).legal(policy)
 
 
 def _emit(
@@ -210,6 +213,7 @@ def _emit(
     reduced: Reduced,
     policy: LoadedPolicy,
     options: Options,
+    lowered: Lowered | None,
     feeds: Sequence[Feeds],
     expected: Sequence[Sequence[torch.Tensor]],
     stages: Stages,
@@ -254,11 +258,11 @@ def _emit(
             remarks += packaged.remarks
             if engine is None:
                 kept = packaged.expected
-        if "tensorrt" in options.backends:
-            folder = place.root / TENSORRT
+        if lowered is not None:
+            folder, name = place.root / TENSORRT, Path(place.stem).name  # parts go into one repository
             graph = write_tensorrt(
-                folder if place.folder == place.root else folder / Path(place.stem).name,
-                reduced, policy, options.tensorrt, metadata, feeds, expected, tolerance, opset, options.seed, stages,
+                folder if place.folder == place.root else folder / name, name,
+                reduced, policy, lowered, options.tensorrt, metadata, feeds, expected, tolerance, options.seed, stages,
             )  # fmt: skip
             checks["tensorrt"] = graph.checks
             remarks += graph.remarks

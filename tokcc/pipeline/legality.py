@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tokcc.backends.tensorrt.graph import lower, policy_place, refuse_violations
+from tokcc.backends.tensorrt.graph import policy_place, refuse_violations
 from tokcc.backends.tensorrt.options import TensorrtOptions
 from tokcc.backends.tensorrt.profiles import Profile, Shapes, varying_axes
 from tokcc.backends.tensorrt.rules import Violation
@@ -21,7 +21,7 @@ from tokcc.pipeline.parts import policy_of
 from tokcc.pipeline.reducing import reduce_program
 from tokcc.pipeline.request import ModelRequest
 from tokcc.pipeline.stages import Stages
-from tokcc.pipeline.tensorrt import engine_profiles
+from tokcc.pipeline.tensorrt import lower_tensorrt
 from tokcc.progress import Progress, silent
 
 __all__ = ["Legality", "check_legality"]
@@ -121,7 +121,6 @@ def _checked(
 ) -> Legality:
     reduced = reduce_program(program, policy, stages)
     with stages.stage("lower for TensorRT"):
-        profiles = engine_profiles(reduced, examples(program, loaded), options)
-        lowered, found = lower(reduced.sliced, profiles, policy, opset=opset)
-    operations = Counter(node.op_type for node in lowered.graph.all_nodes())
-    return Legality(name, policy, profiles, operations, tuple(found))
+        lowered = lower_tensorrt(reduced, policy, examples(program, loaded), options, opset)
+    operations = Counter(node.op_type for node in lowered.model.graph.all_nodes())
+    return Legality(name, policy, lowered.profiles, operations, lowered.violations)

@@ -13,7 +13,7 @@ import torch
 from tokcc.backends.decisions import decisions, replay, watching
 from tokcc.backends.feeds import Feeds
 from tokcc.backends.parity import Check, Tolerance, check_parity, numpy_feeds, refuse_difference
-from tokcc.backends.sessions import ending, open_engine
+from tokcc.backends.sessions import EngineSession, ending, open_engine
 from tokcc.ir.program import Program
 from tokcc.progress import Advance
 
@@ -60,6 +60,7 @@ def check_engine(
     build: Callable[[Program, Path], object],
     tolerance: Tolerance,
     advance: Advance,
+    opened: Callable[[Path], EngineSession] = open_engine,
 ) -> Checked:
     """Hold an engine against its reference.
 
@@ -73,15 +74,16 @@ def check_engine(
         build: Writes an engine of a program as this one was written.
         tolerance: What counts as equal.
         advance: Told after each input.
+        opened: Loads an engine.
 
     Raises:
         ParityError: It differs by more than rounding.
     """
     names = list(reference.output_names)
-    checks = check_parity(open_engine(engine).run, names, inputs, expected, tolerance, advance)
+    checks = check_parity(opened(engine).run, names, inputs, expected, tolerance, advance)
     found, why = Checked(checks, expected), None
     if not all(check.passed for check in checks):
-        settled = settle(reference, lowered, engine, names, inputs, build, tolerance)
+        settled = settle(reference, lowered, engine, names, inputs, build, tolerance, opened)
         if isinstance(settled, str):
             why = settled
         else:
@@ -98,6 +100,7 @@ def settle(
     inputs: Sequence[Feeds],
     build: Callable[[Program, Path], object],
     tolerance: Tolerance,
+    opened: Callable[[Path], EngineSession] = open_engine,
 ) -> Settled | str:
     """Compare an engine with its reference given the engine's own choices.
 
@@ -109,6 +112,7 @@ def settle(
         inputs: What to run on.
         build: Writes an engine of a program as this one was written.
         tolerance: What counts as equal.
+        opened: Loads an engine.
 
     Returns:
         The comparison; or, where a choice is not one that rounding explains, why.
@@ -119,11 +123,11 @@ def settle(
         return "the model makes no choices"
     expected: list[list[torch.Tensor]] = []
     differing = elements = 0
-    session = open_engine(engine)
+    session = opened(engine)
     with tempfile.TemporaryDirectory(dir=engine.parent, prefix=".decisions-") as folder:
         path = Path(folder) / f"watched{ending(engine)}"
         build(watching(lowered, watched), path)
-        showing = open_engine(path)
+        showing = opened(path)
         for feeds in inputs:
             arrays = numpy_feeds(feeds)
             shown = {name: torch.as_tensor(np.array(value)) for name, value in showing.run(arrays).items()}

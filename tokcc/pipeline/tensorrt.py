@@ -10,10 +10,12 @@ import torch
 
 from tokcc.backends.calls import decoder_calls, lengths_past
 from tokcc.backends.feeds import Feeds
+from tokcc.backends.float32 import open_in_float32
 from tokcc.backends.onnx import build_onnx, save_onnx
 from tokcc.backends.parity import Tolerance, oracle
+from tokcc.backends.tensorrt.cache_lengths import MASK, tokens_name
 from tokcc.backends.tensorrt.folder import Described, write_folder
-from tokcc.backends.tensorrt.graph import build_tensorrt, target_for
+from tokcc.backends.tensorrt.graph import Lowered, lower, target_for
 from tokcc.backends.tensorrt.options import TensorrtOptions
 from tokcc.backends.tensorrt.plugins import PluginNodes
 from tokcc.backends.tensorrt.profiles import KINDS, Profile, make_profiles
@@ -21,15 +23,15 @@ from tokcc.backends.tensorrt.server import Tensor
 from tokcc.config import LoadedPolicy
 from tokcc.errors import PlanError
 from tokcc.ir.program import Program
+from tokcc.ir.widened import widened
 from tokcc.pipeline.packaging import Packaged
 from tokcc.pipeline.reducing import Reduced
 from tokcc.pipeline.settling import check_engine
 from tokcc.pipeline.stages import Stages
 from tokcc.plugins_trt import write_plugins
 
-__all__ = ["FOLDER", "engine_profiles", "write_graph", "write_tensorrt"]
+__all__ = ["FOLDER", "calls_within", "lower_tensorrt", "write_graph", "write_tensorrt"]
 
-TOKENS, EMBEDDED = "input_ids", "inputs_embeds"
 _ROWS = 3
 _SHORTEST = 4
 """Tracing assumes so much of a text."""
@@ -37,26 +39,30 @@ FOLDER = "tensorrt"
 """Where the folder is in the bundle."""
 
 
-def engine_profiles(reduced: Reduced, example: Feeds, options: TensorrtOptions) -> tuple[Profile, ...]:
-    """Return the shapes that the engine is made for.
+def lower_tensorrt(
+    reduced: Reduced, policy: LoadedPolicy, example: Feeds, options: TensorrtOptions, opset: int
+) -> Lowered:
+    """Lower a reduced program for the shapes that its engine is made for.
 
     Raises:
-        PlanError: A dynamic axis has none.
+        PlanError: A dynamic axis has no shapes.
+        LoweringError: An operation has no form.
     """
     shapes = {name: tuple(value.shape) for name, value in example.items()}
-    return make_profiles(reduced.sliced, shapes, options.shapes)
+    return lower(reduced.sliced, make_profiles(reduced.sliced, shapes, options.shapes), policy, opset=opset)
 
 
 def write_tensorrt(
     folder: Path,
+    name: str,
     reduced: Reduced,
     policy: LoadedPolicy,
+    lowered: Lowered,
     options: TensorrtOptions,
     metadata: Mapping[str, str],
     feeds: Sequence[Feeds],
     expected: Sequence[Sequence[torch.Tensor]],
     tolerance: Tolerance,
-    opset: int,
     seed: int,
     stages: Stages,
 ) -> Packaged:
@@ -64,57 +70,77 @@ def write_tensorrt(
 
     Args:
         folder: Where.
+        name: Of the model in the server's repository.
         reduced: The programs.
         policy: The policy.
+        lowered: The graph, which the builder takes.
         options: How.
         metadata: Written into the model.
         feeds: What to check with, the example first.
         expected: The oracle's outputs for each.
         tolerance: What counts as equal.
-        opset: Version of the standard domain.
         seed: Of random inputs.
         stages: Progress.
 
     Raises:
-        PlanError: Shapes that are missing or do not fit.
-        LoweringError: An operation, type or size that TensorRT does not take.
+        PlanError: The graph cannot be checked with the engine's shapes.
+        LoweringError: The builder does not take the graph with plugins.
         ParityError: The graph is not equal to the oracle.
     """
-    path = folder / "model.onnx"
-
-    profiles = engine_profiles(reduced, feeds[0], options)
-    given = feeds
+    given, profiles = feeds, lowered.profiles
+    reference, sliced = widened(reduced.program), widened(reduced.sliced)
+    rounded = reference is not reduced.program
+    if rounded:
+        with stages.stage("run the reference in float32"):
+            feeds = [_in_float32(feed) for feed in feeds]
+            expected = [oracle(reference)(feed) for feed in feeds]
     if reduced.caches is not None:
         with stages.stage("run the reference at the engine's shapes"):
-            feeds, expected = calls_within(reduced, profiles, feeds, expected, seed)
+            feeds, expected = calls_within(reduced, reference, profiles, feeds, expected, seed)
 
     def build(program: Program, path: Path) -> None:
-        save_onnx(build_onnx(program, opset=opset, target=target_for(program, profiles)), path)
+        save_onnx(build_onnx(program, opset=lowered.opset, target=target_for(program, profiles)), path)
 
-    with stages.stage("lower for TensorRT"):
-        used = write_graph(folder, reduced, policy, profiles, opset=opset, metadata=metadata, options=options)
+    with stages.stage("write the TensorRT graph"):
+        used = write_graph(folder, name, reduced, policy, lowered, metadata, options)
     with stages.stage("parity of the tensorrt graph", len(feeds)) as advance:
+        path = folder / "model.onnx"
         found = check_engine(
-            "tensorrt", reduced.program, reduced.sliced, path, feeds, expected, build, tolerance, advance
+            "tensorrt", reference, sliced, path, feeds, expected, build, tolerance, advance, open_in_float32
         )
     remarks = ["tensorrt: the graph was checked in ONNX Runtime and by TensorRT's rules; no engine was built or run"]
+    if rounded:
+        remarks.append("tensorrt: ONNX Runtime has no bfloat16: graph and reference were compared in float32")
     if used:
         remarks.append(f"tensorrt: plugins for {', '.join(used)}; the graph with them runs nowhere but in TensorRT")
     elif options.plugins:
         remarks.append("tensorrt: nothing in the graph has a plugin")
     remarks += [] if found.note is None else [f"tensorrt: {found.note}"]
-    details: dict[str, str | int | float | bool] = {"opset": opset, "profiles": len(profiles)}
+    details: dict[str, str | int | float | bool] = {"opset": lowered.opset, "profiles": len(profiles)}
     return Packaged(path, found.checks, details, found.expected, remarks, None if feeds is given else feeds)
+
+
+def _in_float32(feed: Feeds) -> Feeds:
+    return {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in feed.items()}
 
 
 def calls_within(
     reduced: Reduced,
+    reference: Program,
     profiles: Sequence[Profile],
     feeds: Sequence[Feeds],
     expected: Sequence[Sequence[torch.Tensor]],
     seed: int,
 ) -> tuple[Sequence[Feeds], Sequence[Sequence[torch.Tensor]]]:
     """Return a decoder's calls that its engine is made for: those that there are, else further ones.
+
+    Args:
+        reduced: The programs.
+        reference: The reduced program, or the same in another type.
+        profiles: What the engine is made for.
+        feeds: The calls that there are.
+        expected: The reference's outputs for each.
+        seed: Of further calls.
 
     Raises:
         PlanError: No call that begins with an empty cache gets there.
@@ -125,15 +151,16 @@ def calls_within(
     plan = reduced.caches
     assert plan is not None
     least, usual, most = (profiles[0].at(kind) for kind in KINDS)
-    tokens = TOKENS if TOKENS in usual else EMBEDDED
+    tokens = tokens_name(usual)
+    assert tokens is not None
     # The oracle reads any text; what is compared are the calls of the engine's shapes.
-    text = usual["attention_mask"][1] - 3
+    text = usual[MASK][1] - 3
     first = max(usual[tokens][1] if most[tokens][1] > 1 else text, _SHORTEST)
     for lengths in (lengths_past(plan.waits, plan.longest), (first, 1, 1, 1)):
         further = decoder_calls(
-            reduced.program,
+            reference,
             feeds[0],
-            oracle(reduced.program),
+            oracle(reference),
             seed=seed,
             lengths=lengths,
             added=reduced.declared_inputs,
@@ -164,11 +191,10 @@ def _covered(
 
 def write_graph(
     folder: Path,
+    name: str,
     reduced: Reduced,
     policy: LoadedPolicy,
-    profiles: Sequence[Profile],
-    *,
-    opset: int = 18,
+    lowered: Lowered,
     metadata: Mapping[str, str] | None = None,
     options: TensorrtOptions | None = None,
 ) -> tuple[str, ...]:
@@ -177,33 +203,28 @@ def write_graph(
     Returns:
         The plugins that it has.
     """
-    model = build_tensorrt(reduced.sliced, profiles, policy, opset=opset, metadata=metadata)
+    model = lowered.model
+    model.metadata_props.update(metadata or {})
     folder.mkdir(parents=True)
     save_onnx(model, folder / "model.onnx")
     inputs, outputs = _tensors(model.graph.inputs), _tensors(model.graph.outputs)
     dtype = next((each.dtype for each in (*outputs, *inputs) if "float" in each.dtype), "float32")
-    used = _write_plugins(folder, reduced, policy, profiles, opset, options or TensorrtOptions())
-    name = "model" if folder.name == FOLDER else folder.name  # parts go into one repository
-    write_folder(folder, Described(policy.policy.name, inputs, outputs, profiles, dtype, used, name))
+    used = _write_plugins(folder, reduced, policy, lowered, options or TensorrtOptions())
+    write_folder(folder, Described(policy.policy.name, inputs, outputs, lowered.profiles, dtype, used, name))
     return used
 
 
 def _write_plugins(
-    folder: Path,
-    reduced: Reduced,
-    policy: LoadedPolicy,
-    profiles: Sequence[Profile],
-    opset: int,
-    options: TensorrtOptions,
+    folder: Path, reduced: Reduced, policy: LoadedPolicy, lowered: Lowered, options: TensorrtOptions
 ) -> tuple[str, ...]:
     """Write the graph with plugins, and the plugins, where there are any."""
     if not options.plugins:
         return ()
     plugins = PluginNodes(options.plugins, options.compute_capability)
-    model = build_tensorrt(reduced.sliced, profiles, policy, opset=opset, plugins=plugins)
+    other = lower(reduced.sliced, lowered.profiles, policy, opset=lowered.opset, plugins=plugins).legal(policy)
     if not plugins.uses:
         return ()
-    save_onnx(model, folder / "model_plugins.onnx")
+    save_onnx(other.model, folder / "model_plugins.onnx")
     write_plugins(plugins.uses, folder / "plugins", sms=options.compute_capability)
     return tuple(sorted({use.op for use in plugins.uses}))
 

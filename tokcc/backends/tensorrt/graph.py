@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from onnx_ir.passes import common as onnx_passes
 
 from tokcc.backends.onnx import build_onnx
@@ -19,25 +20,38 @@ from tokcc.errors import LoweringError
 from tokcc.ir.program import Program
 from tokcc.lowering.onnx.target import Target
 
-__all__ = ["TENSORRT", "build_tensorrt", "lower", "policy_place", "refuse_violations", "target_for"]
+__all__ = ["TENSORRT", "Lowered", "lower", "policy_place", "refuse_violations", "target_for"]
 
 TENSORRT = Target("TensorRT", branches=False, free_loops=False, lengths_by_value=False)
 """One form for all lengths: a branch of another length ends the builder, and its loops cut by constants only."""
+_BFLOAT16_OPSET = 22
+"""From here on convolutions and roundings have it in the standard."""
 
 
-def build_tensorrt(
-    program: Program,
-    profiles: Sequence[Profile],
-    policy: LoadedPolicy,
-    *,
-    opset: int = 18,
-    metadata: Mapping[str, Any] | None = None,
-    plugins: PluginNodes | None = None,
-) -> ir.Model:
-    """Lower a program for TensorRT and refuse what its builder does not take. Arguments and errors as for `lower`."""
-    model, found = lower(program, profiles, policy, opset=opset, metadata=metadata, plugins=plugins)
-    refuse_violations(found, policy)
-    return model
+@dataclass(frozen=True)
+class Lowered:
+    """A graph for TensorRT.
+
+    Attributes:
+        model: It.
+        profiles: The shapes that it is for.
+        violations: What the builder does not take of it.
+        opset: Version of the standard domain.
+    """
+
+    model: ir.Model
+    profiles: tuple[Profile, ...]
+    violations: tuple[Violation, ...]
+    opset: int
+
+    def legal(self, policy: LoadedPolicy) -> Lowered:
+        """Return it, or refuse a graph that the builder does not take.
+
+        Raises:
+            LoweringError: Of the worst violation.
+        """
+        refuse_violations(self.violations, policy)
+        return self
 
 
 def lower(
@@ -46,31 +60,28 @@ def lower(
     policy: LoadedPolicy,
     *,
     opset: int = 18,
-    metadata: Mapping[str, Any] | None = None,
     plugins: PluginNodes | None = None,
-) -> tuple[ir.Model, list[Violation]]:
+) -> Lowered:
     """Lower a program for TensorRT and hold the graph against its rules.
 
     Args:
         program: The (reduced) program.
         profiles: Shapes that the engine is made for.
         policy: For messages.
-        opset: Version of the standard domain.
-        metadata: Written to ``metadata_props``.
+        opset: Version of the standard domain, at least; bfloat16 wants a later one.
         plugins: Takes operations over; its uses are what the graph needs then.
-
-    Returns:
-        The graph, and what TensorRT does not take of it.
 
     Raises:
         LoweringError: An operation has no form, with the policy step that brought it.
     """
+    if any(tensor.dtype == torch.bfloat16 for tensor in program.state_tensors().values()):
+        opset = max(opset, _BFLOAT16_OPSET)
     try:
-        model = build_onnx(program, opset=opset, metadata=metadata, target=target_for(program, profiles, plugins))
+        model = build_onnx(program, opset=opset, target=target_for(program, profiles, plugins))
     except LoweringError as error:
         raise _placed(error, policy) from error
     onnx_passes.ShapeInferencePass()(model)  # types of values between the program's own
-    return model, violations(model, _bindings(program, profiles))
+    return Lowered(model, tuple(profiles), tuple(violations(model, _bindings(program, profiles))), opset)
 
 
 def target_for(program: Program, profiles: Sequence[Profile], plugins: PluginNodes | None = None) -> Target:
