@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a plain file
 
 import torch
+from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import tokcc
@@ -82,8 +83,20 @@ def _clip() -> dict[str, Any]:
     }
 
 
+class _FirstToken(nn.Module):
+    """BERT as a classifier reads it."""
+
+    def __init__(self, bert: nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return hidden[:, 0]
+
+
 def _bert() -> dict[str, Any]:
-    model = text_encoder.build()[0]
+    model = _FirstToken(text_encoder.build()[0].bert).eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 20000, (2, 64), generator=generator)
     mask = torch.ones_like(ids)
@@ -114,7 +127,7 @@ _KEPT = {"tokens": 256}
 SUBJECTS = {
     "vit-s16": Subject("ViT-S/16 at 224, random weights", ENCODERS, _vit),
     "clip-vision": Subject("CLIP's ViT-B/16 image tower at 224, random weights", ENCODERS, _clip),
-    "bert": Subject("all-MiniLM-L6-v2, real weights, 16 to 256 tokens", ENCODERS, _bert),
+    "bert": Subject("all-MiniLM-L6-v2 (BERT), real weights, its first token, 16 to 256 tokens", ENCODERS, _bert),
     "smollm2": Subject(
         "SmolLM2-135M-Instruct, real weights, texts of 1 to 4,096 tokens",
         DECODERS,

@@ -22,7 +22,7 @@ import tokcc
 from tests.cli.signals import heed_signals
 from tests.cli.tiny_vit import build, pixels
 from tests.zoo import ZOO
-from tokcc.backends.aoti import AotiOptions, AotiSession, lacking, package
+from tokcc.backends.aoti import AotiOptions, AotiSession, _copy_shared_constants, lacking, package
 from tokcc.backends.bundle import Bundle
 from tokcc.cli import app
 from tokcc.errors import LoweringError, UsageError
@@ -54,12 +54,13 @@ assert not [name for name in sys.modules if name.split(".")[0] == "tokcc"]
 """
 
 
+TOME = {"version": 1, "steps": [{"preset": "tome", "r": 2}]}
+
+
 def tiny(folder: Path, policy: Any = "tome", **options: Any) -> Bundle:
     batch = torch.export.Dim("batch", min=1, max=9)
-    options = {"calibrate": False, "dynamic_shapes": {"pixels": {0: batch}}, **options}
-    bundle = tokcc.compile(
-        build(), policy, example_inputs=(pixels(),), backends=("aoti",), output=folder / "out", **options
-    )
+    options = {"calibrate": False, "dynamic_shapes": {"pixels": {0: batch}}, "backends": ("aoti",), **options}
+    bundle = tokcc.compile(build(), policy, example_inputs=(pixels(),), output=folder / "out", **options)
     assert isinstance(bundle, Bundle)
     return bundle
 
@@ -299,6 +300,46 @@ def test_it_equals_the_onnx_engine(model: str, policy: str, tmp_path: Path) -> N
         arrays["attention_mask"] = arrays["attention_mask"][:, :-1]
         with pytest.raises(UsageError, match="disagree"):
             bundle.run(arrays, "aoti")
+
+
+@pytest.mark.parametrize("backends", [("pt2",), pytest.param(("aoti", "pt2"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision(dtype: str, backends: tuple[str, ...], tmp_path: Path) -> None:
+    """Of a fixed batch there are constants to fold, too."""
+    made = tiny(tmp_path, dtype=dtype, backends=backends, dynamic_shapes=None, policy=TOME)
+    checks = list(made.report.parity.checks)
+    assert {check.engine for check in checks} == set(backends)
+    if "aoti" in backends:
+        checks += verify(made).checks
+    for check in checks:
+        assert check.passed
+        assert check.atol > 1e-3 * check.scale  # the tolerance is that of the type
+
+
+def test_every_use_of_a_constant_gets_one_of_its_own() -> None:
+    class Shared(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.arange(4.0))
+            self.weight = torch.nn.Parameter(torch.ones(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x + self.table) * self.table - (self.table + self.weight) * self.weight
+
+    module = torch.fx.symbolic_trace(Shared())
+    table = next(iter(module.graph.find_nodes(op="get_attr")))
+    for other in list(module.graph.find_nodes(op="get_attr"))[1:]:
+        if other.target == table.target:
+            other.replace_all_uses_with(table)
+            module.graph.erase_node(other)
+    assert len(table.users) == 3
+    _copy_shared_constants(module)
+    module.graph.lint()
+    buffers = [node for node in module.graph.find_nodes(op="get_attr") if node.target != "weight"]
+    assert [len(node.users) for node in buffers] == [1, 1, 1]
+    assert len({getattr(module, node.target).data_ptr() for node in buffers}) == 3
+    x = torch.randn(4)
+    assert torch.equal(module(x), Shared()(x))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 import tokcc
 from tokcc import errors
 from tokcc.cli import app, main
-from tokcc.cli.doctor import PACKAGES, Found, Package, backend_states, probe
+from tokcc.cli.doctor import PACKAGES, TORCH_TENSORRT, Found, Package, backend_states, probe
 from tokcc.cli.shapes import parse_shapes, shape_range
 from tokcc.config import load_policy
 from tokcc.errors import TokccError, UsageError
@@ -288,8 +289,9 @@ class TestDoctor:
 
     def test_backends_follow_from_packages(self) -> None:
         found = {package.module: Found(package.module, "works", "1", "", "CUDA", "") for package in PACKAGES}
+        found[TORCH_TENSORRT.module] = Found(TORCH_TENSORRT.module, "works", "1", "", "", "")
         states = {state.name: state.state for state in backend_states(found)}
-        assert states["onnx"] == states["pt2"] == states["tensorrt"] == "works"
+        assert states["onnx"] == states["pt2"] == states["tensorrt"] == states["torch_tensorrt"] == "works"
         processor = {**found, "torch": Found("torch", "works", "1", "", "CPU only", "")}
         states = {state.name: state.state for state in backend_states(processor)}
         assert (states["onnx"], states["tensorrt"]) == ("works", "builds only")
@@ -299,8 +301,22 @@ class TestDoctor:
         broken = {**found, "torch": Found("torch", "broken", "", "", "", "")}
         assert {state.state for state in backend_states(broken)} == {"unavailable"}
 
-    def test_aoti_needs_a_compiler(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        ("state", "detail", "why"),
+        [
+            ("works", "triton is not installed", "triton is not installed"),
+            ("broken", "ImportError: no libtorch", "it does not import: ImportError: no libtorch"),
+        ],
+    )
+    def test_torch_tensorrt_says_itself_what_it_lacks(self, state: Any, detail: str, why: str) -> None:
         found = {package.module: Found(package.module, "works", "1", "", "", "") for package in PACKAGES}
+        found[TORCH_TENSORRT.module] = Found(TORCH_TENSORRT.module, state, "1", "", detail, "")
+        last = backend_states(found)[-1]
+        assert (last.name, last.state, last.why) == ("torch_tensorrt", "unavailable", why)
+
+    def test_aoti_needs_a_compiler(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        packages = (*PACKAGES, TORCH_TENSORRT)
+        found = {package.module: Found(package.module, "works", "1", "", "", "") for package in packages}
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CXX", raising=False)
         state = next(state for state in backend_states(found) if state.name == "aoti")
@@ -316,5 +332,7 @@ class TestDoctor:
     def test_command(self) -> None:
         data = json.loads(run("doctor", "--json").stdout)
         assert {each["name"] for each in data["packages"]} == {package.module for package in PACKAGES}
+        if importlib.util.find_spec("torch_tensorrt") is None:
+            assert "torch_tensorrt is not installed" in data["backends"][-1]["why"]
         shown = run("doctor", "--quiet")
         assert (shown.exit_code, shown.output) == (0, "")

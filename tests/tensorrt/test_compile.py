@@ -84,6 +84,46 @@ class TestFolder:
         assert found["ok"], found
 
 
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> tokcc.Bundle:
+    """The same in bfloat16."""
+    made: tokcc.Bundle = tokcc.compile(
+        tiny_vit(),
+        {"version": 1, "steps": [{"preset": "tome", "r": 2}]},
+        example_inputs=pixels(),
+        shapes=shapes(1, 2, 8),
+        backends=("tensorrt",),
+        output=tmp_path_factory.mktemp("trt") / "out",
+        calibrate=False,
+        dtype="bf16",
+    )
+    return made
+
+
+class TestBfloat16:
+    """ONNX Runtime has none: graph and reference are compared in float32."""
+
+    def test_it_is_as_near_as_float32_is(self, rounded: tokcc.Bundle) -> None:
+        for check in (*rounded.report.parity.checks, *verify(rounded).checks):
+            assert check.engine == "tensorrt"
+            assert check.passed
+            assert check.max_abs_diff < 1e-4 * check.scale
+        assert any("compared in float32" in warning for warning in rounded.report.notes)
+
+    def test_the_graph_itself_is_in_bfloat16(self, rounded: tokcc.Bundle) -> None:
+        model = onnx.load(rounded.path / "tensorrt" / "model.onnx")
+        types = {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
+        assert types == {onnx.TensorProto.BFLOAT16}
+        onnx.checker.check_model(model, full_check=True)
+        assert "TYPE_BF16" in (rounded.path / "tensorrt" / "triton" / "model" / "config.pbtxt").read_text()
+
+    @needs_rtx
+    @pytest.mark.trt
+    def test_the_builder_takes_it(self, rounded: tokcc.Bundle) -> None:
+        found = build(rounded.path / "tensorrt")
+        assert found["ok"], found
+
+
 @pytest.mark.slow
 def test_one_parity_table_over_four_backends(tmp_path: Path) -> None:
     made = tokcc.compile(

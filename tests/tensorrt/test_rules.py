@@ -9,11 +9,16 @@ import onnx_ir as ir
 import pytest
 
 from tests.tensorrt.models import WIDTH, encoder, policy_of
+from tests.zoo import ZOO
+from tests.zoo.arguments import arguments
 from tokcc.backends.tensorrt.graph import lower, refuse_violations
 from tokcc.backends.tensorrt.profiles import make_profiles
 from tokcc.backends.tensorrt.rules import LARGEST_K, OPERATIONS, Violation, violations
 from tokcc.errors import LoweringError
 from tokcc.lowering.onnx.recorder import Recorder
+from tokcc.pipeline.reducing import reduce_program
+from tokcc.pipeline.stages import Stages
+from tokcc.testing import trace
 
 EXAMPLE = {"src": (2, 21, WIDTH)}
 
@@ -131,3 +136,14 @@ class TestMessages:
 
     def test_nothing_found_is_nothing_raised(self) -> None:
         refuse_violations([], policy_of("none"))
+
+
+@pytest.mark.parametrize("preset", ["power-bert", "evit", "tome"])
+def test_texts_of_any_length_with_padding(preset: str) -> None:
+    """How many tokens are kept follows from shapes: masks say which."""
+    entry = ZOO["bert"]
+    policy = policy_of({"version": 1, "steps": [arguments(preset)]})
+    program = trace(entry.build(), entry.inputs(2), entry.dynamic_shapes())
+    reduced = reduce_program(program, policy, Stages())
+    shapes = {name: tuple((batch, n) for batch, n in ((1, 12), (2, 21), (4, 32))) for name in entry.inputs(2)}
+    assert lower(reduced.sliced, make_profiles(reduced.sliced, {}, shapes), policy).violations == ()

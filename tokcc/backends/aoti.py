@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
+from torch import fx
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.utils import _pytree as pytree
 
+from tokcc.backends.arrays import to_array, to_tensor
 from tokcc.backends.cxx import CXX_HELP, cxx_compiler, cxx_missing
 from tokcc.backends.feeds import Feeds
 from tokcc.errors import LoweringError, UsageError
@@ -148,6 +149,7 @@ def _compile(exported: ExportedProgram, path: Path, configuration: dict[str, Any
         warnings.simplefilter("ignore")  # the compiler's own, of what it does to the program
         try:
             module: Any = exported.module(check_guards=False)
+            _copy_shared_constants(module)
             files: Any = aot_compile(module, args, kwargs, options=configuration)
             package_aoti(str(path), files)
         except OSError:
@@ -159,6 +161,22 @@ def _compile(exported: ExportedProgram, path: Path, configuration: dict[str, Any
                 found=f"{type(error).__name__}: {' '.join(text[:3])[:400]}",
                 help="--backend onnx and --backend pt2 need no compiler",
             ) from error
+
+
+def _copy_shared_constants(module: fx.GraphModule) -> None:
+    """Give every use of a constant a copy: Inductor deletes one with the first use that it folds away."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        value: Any = getattr(module, str(node.target), None)
+        if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+            continue
+        for number, user in enumerate(list(node.users)[1:]):
+            name = f"{node.target}_use_{number}"
+            module.register_buffer(name, value.clone(), persistent=False)
+            with module.graph.inserting_before(user):
+                copied = module.graph.get_attr(name)
+            copied.meta = dict(node.meta)
+            user.replace_input_with(node, copied)
+    module.recompile()
 
 
 def callable_by_name(program: Program, exported: ExportedProgram, example: Feeds) -> ExportedProgram:
@@ -222,10 +240,10 @@ def eager_runner(program: Program, exported: ExportedProgram) -> Callable[[Mappi
     names = [program.public_name(node) for node in program.user_inputs]
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
-        given = {keyword: torch.as_tensor(feeds[name]) for keyword, name in zip(keywords, names, strict=True)}
+        given = {keyword: to_tensor(feeds[name]) for keyword, name in zip(keywords, names, strict=True)}
         with torch.no_grad():
             found = module(**given)
-        return {name: _as_array(value) for name, value in found.items()}
+        return {name: to_array(value) for name, value in found.items()}
 
     return run
 
@@ -268,10 +286,7 @@ class AotiSession:
         Raises:
             LoweringError: torch stops: a size is out of what the package was compiled for.
         """
-        given = {
-            keyword: torch.from_numpy(np.ascontiguousarray(feeds[name]))
-            for keyword, name in zip(self._keywords, self.inputs, strict=True)
-        }
+        given = {keyword: to_tensor(feeds[name]) for keyword, name in zip(self._keywords, self.inputs, strict=True)}
         try:
             with torch.inference_mode(), _threads(self._threads):
                 found = self._model(**given)
@@ -281,14 +296,7 @@ class AotiSession:
                 found=" ".join(str(error).split())[:300],
                 help="sizes and dtypes must be those in `manifest.json`; where they are, compile with --backend onnx",
             ) from error
-        return {name: _as_array(found[name]) for name in self.outputs}
-
-
-def _as_array(value: torch.Tensor) -> Array:
-    """Return a tensor for numpy."""
-    # numpy has no bfloat16, and float32 has all of its numbers.
-    array: Array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-    return array
+        return {name: to_array(found[name]) for name in self.outputs}
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tokcc.backends.arrays import to_array, to_tensor
 from tokcc.backends.feeds import Feeds
 from tokcc.errors import ParityError
 from tokcc.ir.program import Program
@@ -69,7 +70,7 @@ class Check:
 
 def numpy_feeds(feeds: Feeds) -> dict[str, Array]:
     """Return feeds for a runtime."""
-    return {name: value.detach().cpu().numpy() for name, value in feeds.items() if value.dtype != torch.bfloat16}
+    return {name: to_array(value) for name, value in feeds.items()}
 
 
 def oracle(program: Program) -> Callable[[Feeds], list[torch.Tensor]]:
@@ -138,7 +139,7 @@ def check_parity(
         own = [want for name, want in zip(names, wanted, strict=True) if not name.startswith(_PRESENT)]
         codes = _HALF_CODES if any(want.dtype in (torch.float16, torch.bfloat16) for want in own) else _CODES
         for name, want in zip(names, wanted, strict=True):
-            check = _compare(name, want, torch.as_tensor(np.array(got[name])), feeds, tolerance, codes)
+            check = _compare(name, want, to_tensor(np.array(got[name])), feeds, tolerance, codes)
             known = worst.get(name)
             if known is None or _badness(check) > _badness(known):
                 worst[name] = check

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tokcc.backends.arrays import to_array, to_tensor
 from tokcc.backends.feeds import Feeds
 from tokcc.backends.parity import Check, Tolerance, check_parity, runner
 from tokcc.ir.program import Program
@@ -31,7 +32,7 @@ def save_pt2(
         run = runner(torch.export.load(path).module(check_guards=False), program)
 
     def engine(arrays: Mapping[str, Any]) -> dict[str, Any]:
-        tensors = run({name: torch.as_tensor(value) for name, value in arrays.items()})
-        return {name: value.numpy() for name, value in zip(names, tensors, strict=True)}
+        tensors = run({name: to_tensor(value) for name, value in arrays.items()})
+        return {name: to_array(value) for name, value in zip(names, tensors, strict=True)}
 
     return check_parity(engine, names, feeds, expected, tolerance)

@@ -4,37 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from tokcc.backends.arrays import to_array
 from tokcc.backends.feeds import Feeds
-from tokcc.backends.parity import numpy_feeds
 from tokcc.errors import UsageError
 
 __all__ = ["load_reference", "save_reference"]
 
 MAX_BYTES = 32 * 2**20
 """Larger samples are left out: a bundle must not grow by its own check."""
+_AS_BITS = ".bfloat16"
 
 
 def save_reference(
     path: Path, names: Sequence[str], feeds: Sequence[Feeds], expected: Sequence[Sequence[torch.Tensor]]
 ) -> None:
     """Write inputs and oracle outputs."""
-    arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {}
+    arrays: dict[str, npt.NDArray[Any]] = {}
     size = 0
     for number, (feed, outputs) in enumerate(zip(feeds, expected, strict=True)):
-        made = {f"{number}/in/{name}": value for name, value in numpy_feeds(feed).items()}
-        made |= {
-            f"{number}/out/{name}": value.to(torch.float32).numpy() if value.dtype == torch.bfloat16 else value.numpy()
-            for name, value in zip(names, outputs, strict=True)
-        }
+        made = dict(_stored(f"{number}/in", name, value) for name, value in feed.items())
+        made |= dict(_stored(f"{number}/out", name, value) for name, value in zip(names, outputs, strict=True))
         size += sum(value.nbytes for value in made.values())
         if number and size > MAX_BYTES:
             break
         arrays |= made
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]  # numpy's stub takes no mapping
+
+
+def _stored(side: str, name: str, value: torch.Tensor) -> tuple[str, npt.NDArray[Any]]:
+    """Return what one tensor is in the file: numpy's files know no bfloat16, and have its bits."""
+    if value.dtype == torch.bfloat16:
+        return f"{side}{_AS_BITS}/{name}", to_array(value).view(np.int16)
+    return f"{side}/{name}", to_array(value)
 
 
 def load_reference(path: Path) -> list[tuple[Feeds, dict[str, torch.Tensor]]]:
@@ -50,5 +57,8 @@ def load_reference(path: Path) -> list[tuple[Feeds, dict[str, torch.Tensor]]]:
         for key in stored.files:
             number, side, name = key.split("/", 2)
             pair = pairs.setdefault(int(number), ({}, {}))
-            pair[0 if side == "in" else 1][name] = torch.from_numpy(stored[key])
+            value = torch.from_numpy(stored[key])
+            if side.endswith(_AS_BITS):
+                side, value = side.removesuffix(_AS_BITS), value.view(torch.bfloat16)
+            pair[0 if side == "in" else 1][name] = value
     return [pairs[number] for number in sorted(pairs)]

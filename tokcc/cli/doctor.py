@@ -80,6 +80,10 @@ PACKAGES = (
     Package("matplotlib", "pictures in reports", 'pip install "tokcc[report]"'),
     Package("jinja2", "report.html", 'pip install "tokcc[report]"'),
 )
+TORCH_TENSORRT = Package(
+    "tokcc.backends.torch_tensorrt", "engines through Torch-TensorRT", "", "'; '.join(module.lacking())"
+)
+"""Ours, which knows what has to go together; its detail is what is missing."""
 
 # Runs in a process of its own: a broken native library may end the process that imports it.
 _PROBE = """
@@ -98,12 +102,14 @@ def doctor(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -
     """Say which backends and runtimes work here, with versions, and what to install for the others."""
     out = Output(json=json, quiet=quiet, verbose=verbose)
     with out.running():
-        with out.progress().stage("import packages", len(PACKAGES)) as advance, ThreadPoolExecutor(4) as pool:
+        wanted = (*PACKAGES, TORCH_TENSORRT)
+        with out.progress().stage("import packages", len(wanted)) as advance, ThreadPoolExecutor(4) as pool:
             found = []
-            for each in pool.map(probe, PACKAGES):
+            for each in pool.map(probe, wanted):
                 found.append(each)
                 advance(1)
         backends = backend_states({each.name: each for each in found})
+        found = [each for each in found if each.name != TORCH_TENSORRT.module]
         out.data(
             {
                 "python": sys.version.split()[0],
@@ -154,7 +160,15 @@ def backend_states(found: dict[str, Found]) -> list[BackendState]:
         state("aoti", lacking("torch") + compiler, []),
         # The folder for TensorRT (an ONNX file, plugins, a build script) is written without TensorRT.
         state("tensorrt", lacking("torch", "onnx", "onnxscript"), unbuilt),
+        state("torch_tensorrt", lacking("torch") or _missing(found[TORCH_TENSORRT.module]), []),
     ]
+
+
+def _missing(part: Found) -> list[str]:
+    """Return what a part of ours says is missing."""
+    if part.state != "works":
+        return [f"it does not import: {part.detail}"]
+    return [part.detail] if part.detail else []
 
 
 def _backend_table(states: list[BackendState]) -> Table:

@@ -84,10 +84,7 @@ def sort(t: Translator, node: fx.Node, x: Any, dim: int = -1, descending: bool =
     """Full sort as TopK."""
     del node
     axis = dim % x.meta["val"].ndim
-    length = x.meta["val"].shape[axis]
-    value = t.value(x)
-    size = t.op.ints([length]) if isinstance(length, int) else t.op("Shape", value, start=axis, end=axis + 1)
-    return t.op("TopK", value, size, outputs=2, axis=axis, largest=int(descending), sorted=1)
+    return t.op("TopK", t.value(x), t.axis(x, axis), outputs=2, axis=axis, largest=int(descending), sorted=1)
 
 
 def topk(
