@@ -52,6 +52,8 @@ class Subject:
         options: Arguments of ``tokcc.compile``.
         layouts: Of caches.
         parameters: Of presets, where their defaults do not suit it.
+        shapes: Of presets that are not for all calls.
+        kv: Of layouts that want to know more.
     """
 
     what: str
@@ -59,6 +61,8 @@ class Subject:
     options: Callable[[], dict[str, Any]]
     layouts: tuple[str | None, ...] = (None,)
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kv: dict[tuple[str, str | None], dict[str, Any]] = field(default_factory=dict)
 
 
 def _vit() -> dict[str, Any]:
@@ -102,7 +106,7 @@ def _bert() -> dict[str, Any]:
     mask = torch.ones_like(ids)
     mask[1, 50:] = 0
     axes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("tokens", min=16, max=256)}
-    shapes = tuple((batch, length) for batch, length in zip(BATCHES, (16, 128, 256), strict=True))
+    shapes = tuple((batch, length) for batch, length in zip(BATCHES, (64, 128, 256), strict=True))
     return {
         "model": model,
         "example_inputs": {"input_ids": ids, "attention_mask": mask},
@@ -127,13 +131,24 @@ _KEPT = {"tokens": 256}
 SUBJECTS = {
     "vit-s16": Subject("ViT-S/16 at 224, random weights", ENCODERS, _vit),
     "clip-vision": Subject("CLIP's ViT-B/16 image tower at 224, random weights", ENCODERS, _clip),
-    "bert": Subject("all-MiniLM-L6-v2 (BERT), real weights, its first token, 16 to 256 tokens", ENCODERS, _bert),
+    "bert": Subject(
+        "all-MiniLM-L6-v2 (BERT), real weights, its first token, 64 to 256 tokens",
+        ENCODERS,
+        _bert,
+        parameters={"tome": {"r": 8}},
+    ),
     "smollm2": Subject(
-        "SmolLM2-135M-Instruct, real weights, texts of 1 to 4,096 tokens",
+        "SmolLM2-135M-Instruct, real weights, texts of 1 to 4,096 tokens; snapkv of 1 to 2,048, "
+        "quest single tokens behind 1,024 and more",
         DECODERS,
         _decoder,
         ("merged", "slots"),
         {"streaming-llm": _KEPT, "h2o": _KEPT, "snapkv": _KEPT, "tova": _KEPT},
+        {
+            "snapkv": {"input_ids": ((1, 1), (1, 1), (1, 512)), "attention_mask": ((1, 1), (1, 1024), (1, 2048))},
+            "quest": {"input_ids": ((1, 1),) * 3, "attention_mask": ((1, 1025), (1, 2048), (1, 4096))},
+        },
+        {("quest", "slots"): {"tokens": 4096}},
     ),
 }
 """Models by name. BERT takes what keeps a share of its tokens."""
@@ -142,15 +157,17 @@ SUBJECTS = {
 def policy_of(subject: Subject, preset: str, layout: str | None) -> dict[str, Any]:
     """Return the policy of a cell."""
     policy = {"version": 1, "name": preset, "steps": [{"preset": preset, **subject.parameters.get(preset, {})}]}
-    return policy if layout is None else {**policy, "kv": {"layout": layout}}
+    return policy if layout is None else {**policy, "kv": {"layout": layout, **subject.kv.get((preset, layout), {})}}
 
 
 def run(subject: Subject, preset: str, layout: str | None, dtype: str) -> dict[str, Any]:
     """Compile and build one cell."""
     with tempfile.TemporaryDirectory(prefix="tensorrt-real-") as name:
         try:
+            options = subject.options()
+            options["shapes"] = subject.shapes.get(preset, options["shapes"])
             bundle = tokcc.compile(
-                **subject.options(),
+                **options,
                 policy=policy_of(subject, preset, layout),
                 dtype=dtype,
                 backends=("tensorrt",),

@@ -246,14 +246,14 @@ def next_steps(report: Report, bundle: str) -> list[NextStep]:
     engines = {check.engine for check in report.parity.checks}
     if "tensorrt" in engines:
         steps.append(NextStep("build the TensorRT engine where it will run", f"sh {bundle}/tensorrt/build.sh"))
-    if any(tensor.name.startswith(_PAST) for tensor in report.model.inputs) and engines != {"tensorrt"}:
+    if engines == {"tensorrt"}:  # nothing that runs here
+        steps.append(NextStep("check its graph again", f"tokcc verify {bundle}"))
+    elif any(tensor.name.startswith(_PAST) for tensor in report.model.inputs):
         if report.fidelity is None:
             command = f"tokcc calibrate {bundle} --data TEXT.txt"
             steps.append(NextStep("measure perplexity on your text (after --keep-baseline)", command))
         steps.append(NextStep("try it in the terminal", f'tokcc run {bundle} "Once upon a time"'))
         steps.append(NextStep("check the bundle where it is deployed", f"tokcc verify {bundle}"))
-    elif engines == {"tensorrt"}:  # nothing that runs here
-        steps.append(NextStep("check its graph again", f"tokcc verify {bundle}"))
     elif report.fidelity is None:
         steps.append(
             NextStep("measure fidelity on your data (after --keep-baseline)", f"tokcc calibrate {bundle} --data DATA")

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
-from pydantic import PrivateAttr
 
 from tokcc.capture.hf_decoder import INDEX
 from tokcc.ir.builder import Builder
 from tokcc.passes.cache.pages import PageState, Touched
 from tokcc.passes.cache.runs import prefix
 from tokcc.passes.sparse.cut import SparseCut
+from tokcc.passes.sparse.indexed import OfIndexer
 from tokcc.passes.sparse.piece import SparseScore
 
 __all__ = ["IndexProducts"]
 
 
-class IndexProducts(SparseScore):
+class IndexProducts(OfIndexer, SparseScore):
     """DeepSeek Sparse Attention: ``sum over heads j of g_j relu(q_j . k)`` of the model's own indexer.
 
     All heads of the layer share it. What is remembered is the indexer's key of each token, ``[B, 1, tokens, W]``, which
@@ -26,20 +26,6 @@ class IndexProducts(SparseScore):
     """
 
     kind: ClassVar[str] = "index_products"
-    wants_index: ClassVar[bool] = True
-
-    _width: int = PrivateAttr(default=1)
-
-    def fitted(self, sizes: Mapping[str, int]) -> Self:
-        """See :class:`SparseScore`."""
-        made = self.model_copy()
-        made._width = sizes["index_width"]
-        return made
-
-    def check(self, block_q: int, block_k: int) -> None:
-        """See :class:`SparseScore`."""
-        if (block_q, block_k) != (1, 1):
-            raise ValueError(f"single queries and keys, not blocks of {block_q} and {block_k}")
 
     def states(self, kv_heads: int, width: int, dtype: torch.dtype, block: int) -> tuple[PageState, ...]:
         """See :class:`SparseScore`."""

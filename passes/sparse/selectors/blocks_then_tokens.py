@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
 from tokcc.capture.hf_decoder import INDEX
 from tokcc.ir.builder import Builder
@@ -15,6 +15,7 @@ from tokcc.passes.budget import Count
 from tokcc.passes.cache.pages import PageState, Touched
 from tokcc.passes.cache.runs import prefix
 from tokcc.passes.sparse.cut import HIDDEN, BlockList, SparseCut
+from tokcc.passes.sparse.indexed import OfIndexer
 from tokcc.passes.sparse.piece import SparseSelector
 from tokcc.passes.sparse.ranking import best_of, first_of, ranked
 
@@ -25,7 +26,7 @@ ops = torch.ops.tokcc
 _MEAN = "key_index_mean"
 
 
-class BlocksThenTokens(SparseSelector):
+class BlocksThenTokens(OfIndexer, SparseSelector):
     """HISA (arXiv:2603.28458): an indexer asked about blocks first, and about the tokens of the best of them.
 
     A block is rated by the mean of its tokens' index keys, in the indexer's own way: what is below 0 is cut off after
@@ -45,25 +46,16 @@ class BlocksThenTokens(SparseSelector):
 
     kind: ClassVar[str] = "blocks_then_tokens"
     wants_score: ClassVar[bool] = False
-    wants_index: ClassVar[bool] = True
     goes_on: ClassVar[bool] = True
     fills: ClassVar[bool] = True
 
     sinks: int = Field(default=1, ge=0)
     block: int = Field(default=128, ge=2)
     blocks: int = Field(default=64, ge=1)
-    _width: int = PrivateAttr(default=1)
-
-    def fitted(self, sizes: Mapping[str, int]) -> Self:
-        """See :class:`SparseSelector`."""
-        made = self.model_copy()
-        made._width = sizes["index_width"]
-        return made
 
     def check(self, block_q: int, block_k: int) -> None:
         """See :class:`SparseSelector`."""
-        if (block_q, block_k) != (1, 1):
-            raise ValueError(f"single queries and keys, not blocks of {block_q} and {block_k}")
+        super().check(block_q, block_k)
         if not self.own:
             raise ValueError("`own: true`: the tokens of a query's own block are rated always")
 
