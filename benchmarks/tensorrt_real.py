@@ -139,14 +139,14 @@ SUBJECTS = {
     ),
     "smollm2": Subject(
         "SmolLM2-135M-Instruct, real weights, texts of 1 to 4,096 tokens; snapkv of 1 to 2,048, "
-        "quest single tokens behind 1,024 and more",
+        "quest single tokens in texts of 2,048 and more",
         DECODERS,
         _decoder,
         ("merged", "slots"),
         {"streaming-llm": _KEPT, "h2o": _KEPT, "snapkv": _KEPT, "tova": _KEPT},
         {
             "snapkv": {"input_ids": ((1, 1), (1, 1), (1, 512)), "attention_mask": ((1, 1), (1, 1024), (1, 2048))},
-            "quest": {"input_ids": ((1, 1),) * 3, "attention_mask": ((1, 1025), (1, 2048), (1, 4096))},
+            "quest": {"input_ids": ((1, 1),) * 3, "attention_mask": ((1, 2048), (1, 3072), (1, 4096))},
         },
         {("quest", "slots"): {"tokens": 4096}},
     ),

@@ -282,6 +282,34 @@ def _sparse_decode(result: dict[str, Any]) -> str:
     return f"{table(head, body)}\n\n{result['what'].capitalize()}. {_where(result)}{busy}"
 
 
+def _engine(cell: dict[str, Any]) -> str:
+    return f"{cell['build_seconds']:.0f} s, {cell['engine_mib']:.0f} MiB, {cell['max_rel_diff']:.0e}"
+
+
+def _tensorrt_real(result: dict[str, Any]) -> str:
+    """Presets by rows, types side by side; below, why what was refused was."""
+    cells: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for key, cell in result["cells"].items():
+        *place, dtype = key.split("/")
+        cells.setdefault(tuple(place), {})[dtype] = cell
+    dtypes = ("fp32", "fp16", "bf16")
+    body, why = [], {}
+    for (model, preset, *layout), found in cells.items():
+        row = [model, f"`{preset}`", layout[0] if layout else "-"]
+        for dtype in dtypes:
+            cell = found.get(dtype, {"status": "-"})
+            built = cell["status"] == "built"
+            row.append(_engine(cell) if built else cell["status"])
+            if cell["status"] == "refused":
+                why[f"`{preset}` on {model}{f' with {layout[0]}' if layout else ''}"] = cell["reason"].split(": ", 1)[1]
+        body.append(row)
+    models = "; ".join(f"{name}: {what}" for name, what in result["models"].items())
+    refused = "".join(f"\n- {what}: {reason}" for what, reason in why.items())
+    note = f"{models}. {result['builder']}. {_where(result)}"
+    head = ["model", "preset", "caches", *(f"{dtype}: build, engines, difference" for dtype in dtypes)]
+    return f"{table(head, body)}\n\n{note}" + (f"\n\nRefused:\n{refused}" if refused else "")
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy_image": _accuracy,
     "accuracy_text": _accuracy,
@@ -296,6 +324,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "decoder_prefill": _decoder_speed,
     "perplexity": _perplexity,
     "perplexity_more": _perplexity_more,
+    "tensorrt_real": _tensorrt_real,
 }
 FROM: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {"plain_prefill": ("sparse_speed", _plain_prefill)}
 """Further tables of a result file: from which, and how."""
@@ -304,6 +333,7 @@ PAGES = (
     "docs/decoders.md",
     "docs/runtimes.md",
     "docs/sparse_attention.md",
+    "docs/tensorrt.md",
     "docs/visual_tokens.md",
     "docs/vlm.md",
 )

@@ -279,7 +279,9 @@ class CachePlan:
         storages = (planned.storage.waits() for planned in self.storages.values())
         # With some blocks more there is something to leave out.
         attentions = (p.least + 4 * p.block_k for planned in self.sparse.values() for p in planned.each)
-        return max((*storages, *attentions), default=0)
+        # Of a share something goes at any length; of what layers or heads share out, some of them lose tokens by then.
+        evictions = (int(own.capacity.amount) for own in self.evictions if own.capacity.kind == "tokens")
+        return max((*storages, *attentions, *evictions), default=0)
 
     def without_changes(self) -> CachePlan:
         """Return the plan that keeps everything that can still be seen, as it is."""

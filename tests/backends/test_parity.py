@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from tokcc.backends.feeds import Feeds
-from tokcc.backends.parity import Check, Tolerance, check_parity, defined_rows, numpy_feeds, oracle, refuse_difference
+from tokcc.backends.parity import (
+    Check,
+    Tolerance,
+    check_parity,
+    computed_in,
+    defined_rows,
+    numpy_feeds,
+    oracle,
+    refuse_difference,
+)
 from tokcc.errors import ParityError
 from tokcc.testing import trace
 
@@ -188,3 +197,31 @@ def test_the_oracle_runs_by_name_and_gives_the_tensors() -> None:
     first, second = run({"x": x, "pair.0": y, "pair.1": z})
     assert torch.equal(first, x + y)
     assert torch.equal(second, z * 2)
+
+
+@pytest.mark.parametrize(("made_in", "share"), [(torch.float32, 2e-4), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
+def test_a_sum_is_as_exact_as_what_it_is_made_of(made_in: torch.dtype, share: float) -> None:
+    """H2O adds attention weights of half precision up in float32."""
+    want = torch.tensor([[20.0, 5.0]])
+    for off, passed in ((0.9 * share, True), (1.1 * share, False)):
+        got = want + 20 * off
+        run = {"present.0.key_score": got.numpy()}
+        (check,) = check_parity(lambda _, run=run: run, list(run), [{}], [[want]], Tolerance(), made_in=made_in)
+        assert check.passed is passed
+        assert check.atol == pytest.approx(20 * share)
+
+
+def test_what_a_program_computes_in() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.register_buffer("places", torch.arange(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)[:, self.places]
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        model = Norm().to(dtype)
+        assert computed_in(trace(model, {"x": torch.randn(2, 4, dtype=dtype)})) == dtype
+    assert computed_in(trace(nn.ReLU(), {"input": torch.randn(2, 4)})) == torch.float32

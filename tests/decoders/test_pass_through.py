@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
 from tests.decoders.engine import build, tokens
+from tests.decoders.tiny import program_of
+from tokcc.analysis.cache_sites import cache_sites
+from tokcc.backends.calls import lengths_past
+from tokcc.config import load_policy
+from tokcc.passes.cache.planning import make_cache_plan
+from tokcc.passes.methods import library
 
 SELECTING = {"TopK", "ArgMin", "GatherND"}
 
@@ -91,3 +98,22 @@ def test_a_choice_of_attentions_goes_along(tmp_path: Path) -> None:
 def _chooses(node: onnx.NodeProto) -> bool:
     ways = [set(_operations(attribute.g)) for attribute in node.attribute]
     return all("Softmax" in way for way in ways) and any("TopK" in way for way in ways)
+
+
+@pytest.mark.parametrize(
+    ("step", "waits"),
+    [
+        ({"preset": "h2o", "tokens": 40}, 40),
+        ({"preset": "tova", "budget": {"keep": 0.5}}, 0),
+        ({"preset": "quest", "tokens": 16, "length": 50}, 50 + 4 * 16),
+        ({"preset": "streaming-llm", "tokens": 300}, 300),
+    ],
+)
+def test_a_check_reads_until_something_is_left_out(step: dict[str, Any], waits: int) -> None:
+    """A parity check of texts that fit into the cache would say nothing of an eviction."""
+    program = program_of("llama")
+    plan = make_cache_plan(
+        load_policy({"version": 1, "steps": [step]}, presets=library()), program, cache_sites(program)
+    )
+    assert plan.waits == waits
+    assert sum(lengths_past(plan.waits)) > waits

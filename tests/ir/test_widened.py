@@ -57,3 +57,17 @@ def test_free_sizes_stay_free() -> None:
     (lowered,) = build_onnx(widened(program)).graph.inputs
     assert lowered.shape is not None
     assert isinstance(lowered.shape[1], ir.SymbolicDim)
+
+
+def test_numbers_that_a_graph_holds_are_rounded() -> None:
+    """CLIP multiplies by 1.702, which is 1.703125 in the graph."""
+
+    class Factor(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * 1.702, x.float() * 1.702
+
+    program = widened(trace(Factor(), {"x": torch.randn(2, 3).to(torch.bfloat16)}))
+    x = torch.randn(2, 3)
+    rounded, exact = run_program(program, {"x": x})
+    torch.testing.assert_close(rounded, x * 1.703125)
+    torch.testing.assert_close(exact, x * 1.702)

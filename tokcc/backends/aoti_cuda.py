@@ -11,7 +11,7 @@ import torch
 import tokcc.backends.build_cuda as script
 from tokcc.backends.aoti import AotiOptions, callable_by_name, eager_runner
 from tokcc.backends.feeds import Feeds
-from tokcc.backends.parity import Check, Tolerance, check_parity
+from tokcc.backends.parity import Check, Tolerance, check_parity, computed_in
 from tokcc.ir.program import Program
 from tokcc.lowering.aten import decompose
 
@@ -48,4 +48,5 @@ def write_cuda(
         torch.export.save(written, folder / "model.pt2", extra_files=extra)
     source = Path(script.__file__)
     (folder / "build_cuda.py").write_bytes(source.read_bytes())
-    return check_parity(eager_runner(program, checked), list(program.output_names), feeds, expected, tolerance)
+    run, names = eager_runner(program, checked), list(program.output_names)
+    return check_parity(run, names, feeds, expected, tolerance, made_in=computed_in(program))

@@ -17,7 +17,7 @@ from tokcc.errors import ParityError
 from tokcc.ir.program import Program
 from tokcc.progress import Advance
 
-__all__ = ["Check", "Tolerance", "check_parity", "numpy_feeds", "oracle", "refuse_difference", "runner"]
+__all__ = ["Check", "Tolerance", "check_parity", "computed_in", "numpy_feeds", "oracle", "refuse_difference", "runner"]
 
 Array = npt.NDArray[Any]
 _PRESENT = "present."
@@ -39,11 +39,18 @@ class Tolerance:
     atol: float | None = None
     rtol: float | None = None
 
-    def of(self, reference: torch.Tensor, scale: float) -> tuple[float, float]:
-        """Return absolute and relative tolerance for one output."""
+    def of(self, reference: torch.Tensor, scale: float, made_in: torch.dtype = torch.float32) -> tuple[float, float]:
+        """Return absolute and relative tolerance for one output.
+
+        Args:
+            reference: It.
+            scale: Its largest number.
+            made_in: What it is computed in: a sum in float32 of numbers in half precision is as exact as those.
+        """
         if not reference.is_floating_point():
             return 0.0, 0.0
-        atol = self.atol if self.atol is not None else _RELATIVE[reference.dtype] * max(scale, 1e-6)
+        share = max(_RELATIVE[reference.dtype], _RELATIVE[made_in])
+        atol = self.atol if self.atol is not None else share * max(scale, 1e-6)
         return atol, self.rtol or 0.0
 
 
@@ -66,6 +73,12 @@ class Check:
     atol: float
     rtol: float
     passed: bool
+
+
+def computed_in(program: Program) -> torch.dtype:
+    """Return the least exact type of a program's weights."""
+    types = {tensor.dtype for tensor in program.state_tensors().values()}
+    return max((dtype for dtype in types if dtype in _RELATIVE), key=_RELATIVE.__getitem__, default=torch.float32)
 
 
 def numpy_feeds(feeds: Feeds) -> dict[str, Array]:
@@ -117,6 +130,7 @@ def check_parity(
     expected: Sequence[Sequence[torch.Tensor]],
     tolerance: Tolerance,
     advance: Advance = lambda units: None,
+    made_in: torch.dtype = torch.float32,
 ) -> list[Check]:
     """Compare an engine with its reference on several inputs.
 
@@ -129,6 +143,7 @@ def check_parity(
         expected: The reference's outputs for each input.
         tolerance: What counts as equal.
         advance: Told after each input.
+        made_in: The least exact type that the model computes in.
 
     Returns:
         The worst over the inputs for each output.
@@ -139,7 +154,7 @@ def check_parity(
         own = [want for name, want in zip(names, wanted, strict=True) if not name.startswith(_PRESENT)]
         codes = _HALF_CODES if any(want.dtype in (torch.float16, torch.bfloat16) for want in own) else _CODES
         for name, want in zip(names, wanted, strict=True):
-            check = _compare(name, want, to_tensor(np.array(got[name])), feeds, tolerance, codes)
+            check = _compare(name, want, to_tensor(np.array(got[name])), feeds, tolerance, codes, made_in)
             known = worst.get(name)
             if known is None or _badness(check) > _badness(known):
                 worst[name] = check
@@ -152,7 +167,13 @@ def _badness(check: Check) -> tuple[bool, float]:
 
 
 def _compare(
-    name: str, want: torch.Tensor, got: torch.Tensor, feeds: Feeds, tolerance: Tolerance, codes: float
+    name: str,
+    want: torch.Tensor,
+    got: torch.Tensor,
+    feeds: Feeds,
+    tolerance: Tolerance,
+    codes: float,
+    made_in: torch.dtype,
 ) -> Check:
     """Compare one output; infinities and NaN must stand at the same places, the rest is compared as numbers."""
     if tuple(want.shape) != tuple(got.shape):
@@ -168,7 +189,7 @@ def _compare(
     special = torch.equal(found[~numbers].nan_to_num(nan=0.5), expected[~numbers].nan_to_num(nan=0.5))
     expected, found = expected[numbers], found[numbers]
     scale = float(expected.abs().max()) if expected.numel() else 0.0
-    atol, rtol = tolerance.of(want, scale)
+    atol, rtol = tolerance.of(want, scale, made_in)
     difference = (found - expected).abs()
     worst = float(difference.max()) if difference.numel() else 0.0
     if not special or not math.isfinite(worst):

@@ -11,7 +11,7 @@ import torch
 
 from tokcc.backends.arrays import to_array, to_tensor
 from tokcc.backends.feeds import Feeds
-from tokcc.backends.parity import Check, Tolerance, check_parity, runner
+from tokcc.backends.parity import Check, Tolerance, check_parity, computed_in, runner
 from tokcc.ir.program import Program
 
 __all__ = ["save_pt2"]
@@ -35,4 +35,4 @@ def save_pt2(
         tensors = run({name: to_tensor(value) for name, value in arrays.items()})
         return {name: to_array(value) for name, value in zip(names, tensors, strict=True)}
 
-    return check_parity(engine, names, feeds, expected, tolerance)
+    return check_parity(engine, names, feeds, expected, tolerance, made_in=computed_in(program))

@@ -19,14 +19,19 @@ _NARROW, _WIDE = torch.bfloat16, torch.float32
 
 
 def widened(program: Program) -> Program:
-    """Return a program that computes in float32 what this one does in bfloat16; itself where it does nothing so."""
+    """Return a program that computes in float32 what this one does in bfloat16; itself where it does nothing so.
+
+    The numbers that a graph of this program would hold are those that it holds: weights, and the factors and terms that
+    operations in bfloat16 have as arguments, are rounded.
+    """
     nodes = list(program.graph.nodes)
     if not any(_is_narrow(value) for node in nodes for value in _leaves(node.meta.get("val"))):
         return program
     copied = program.copied()
     for node in copied.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, _wide_type)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, _wide_type)
+        rounded = any(_is_narrow(value) for value in _leaves(node.meta.get("val")))
+        node.args = fx.node.map_aggregate(node.args, _rounded if rounded else _wide_type)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, _rounded if rounded else _wide_type)
         if "val" in node.meta:
             node.meta = {**node.meta, "val": _wide(node.meta["val"])}
     return replace(copied, state_dict=_all(program.state_dict), constants=_all(program.constants))
@@ -42,6 +47,10 @@ def _leaves(value: Any) -> list[Any]:
 
 def _wide_type(argument: Any) -> Any:
     return _WIDE if argument is _NARROW else argument
+
+
+def _rounded(argument: Any) -> Any:
+    return float(torch.tensor(argument, dtype=_NARROW)) if isinstance(argument, float) else _wide_type(argument)
 
 
 def _wide(value: Any) -> Any:

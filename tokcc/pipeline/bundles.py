@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from tokcc.backends.bundle import Bundle, BundleWriter
 from tokcc.backends.float32 import open_in_float32
@@ -84,7 +85,8 @@ def verify(
         session = open_in_float32(bundle.engine(name)) if name == "tensorrt" else open_engine(bundle.engine(name))
         with stages.stage(f"parity of the {name} engine", len(feeds)) as advance:
             expected = [list(each.values()) for each in outputs]
-            found = check_parity(session.run, list(outputs[0]), feeds, expected, Tolerance(atol, rtol), advance)
+            within, made_in = Tolerance(atol, rtol), _computed_in(bundle, name)
+            found = check_parity(session.run, list(outputs[0]), feeds, expected, within, advance, made_in)
         checks += parity_checks(name, found)
         batches = len(feeds)
     return Parity(
@@ -94,6 +96,13 @@ def verify(
         inputs="kept in the bundle",
         checks=tuple(checks),
     )
+
+
+def _computed_in(bundle: Bundle, backend: str) -> torch.dtype:
+    """Return the type that an engine computes in where it is verified."""
+    found: torch.dtype = getattr(torch, bundle.report.model.dtype or "float32")
+    in_float32 = backend == "tensorrt" and found == torch.bfloat16  # see open_in_float32
+    return torch.float32 if in_float32 else found
 
 
 def _verify_parts(bundle: Bundle, **options: Any) -> Parity:

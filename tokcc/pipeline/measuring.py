@@ -19,7 +19,7 @@ from tokcc.analysis.ledger import Ledger, ledger
 from tokcc.analysis.sizes import number
 from tokcc.backends.feeds import Feeds
 from tokcc.backends.ort import inserted_share
-from tokcc.backends.parity import Check, numpy_feeds
+from tokcc.backends.parity import Check, computed_in, numpy_feeds
 from tokcc.backends.sessions import AOTI, EngineSession, ending, open_engine
 from tokcc.capture.loaded import Loaded
 from tokcc.config import LoadedPolicy
@@ -128,7 +128,7 @@ def facts(
             task=loaded.task,
             parameters=sum(v.numel() for v in floats),
             blocks=len(reduced.sites.layers) if reduced.sites is not None else 0,
-            dtype=str(floats[0].dtype).removeprefix("torch.") if floats else None,
+            dtype=str(computed_in(reduced.original)).removeprefix("torch.") if floats else None,
             inputs=_inputs(reduced),
             outputs=_outputs(program),
         ),

@@ -12,7 +12,7 @@ import torch
 
 from tokcc.backends.decisions import decisions, replay, watching
 from tokcc.backends.feeds import Feeds
-from tokcc.backends.parity import Check, Tolerance, check_parity, numpy_feeds, refuse_difference
+from tokcc.backends.parity import Check, Tolerance, check_parity, computed_in, numpy_feeds, refuse_difference
 from tokcc.backends.sessions import EngineSession, ending, open_engine
 from tokcc.ir.program import Program
 from tokcc.progress import Advance
@@ -80,7 +80,7 @@ def check_engine(
         ParityError: It differs by more than rounding.
     """
     names = list(reference.output_names)
-    checks = check_parity(opened(engine).run, names, inputs, expected, tolerance, advance)
+    checks = check_parity(opened(engine).run, names, inputs, expected, tolerance, advance, computed_in(reference))
     found, why = Checked(checks, expected), None
     if not all(check.passed for check in checks):
         settled = settle(reference, lowered, engine, names, inputs, build, tolerance, opened)
@@ -141,7 +141,7 @@ def settle(
                 return again.refused
             expected.append(again.outputs)
             differing, elements = differing + again.differing, elements + again.elements
-    checks = check_parity(session.run, names, inputs, expected, tolerance)
+    checks = check_parity(session.run, names, inputs, expected, tolerance, made_in=computed_in(reference))
     note = (
         f"{differing} of {elements:,} choices between numbers that are equal but for rounding fell otherwise in the "
         "engine than in the reference; outputs were compared given the engine's choices"
