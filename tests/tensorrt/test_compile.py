@@ -115,6 +115,7 @@ class TestBfloat16:
         types = {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
         assert types == {onnx.TensorProto.BFLOAT16}
         onnx.checker.check_model(model, full_check=True)
+        assert "in float32, since it has no bfloat16" in (rounded.path / "tensorrt" / "README.md").read_text()
         assert "TYPE_BF16" in (rounded.path / "tensorrt" / "triton" / "model" / "config.pbtxt").read_text()
 
     @needs_rtx

@@ -113,6 +113,7 @@ cannot load plugins written in Python; the finished engine needs neither Python 
 
     python build_engine.py --plugins
 """
+    run_in = ", in float32, since it has no bfloat16" if about.dtype == "bfloat16" else ""
     return f"""# TensorRT engine: policy `{about.policy}`, {about.dtype}
 
 | file | what it is |
@@ -149,9 +150,9 @@ Other shapes: change `profiles.json` (and the options in `build.sh`) and build a
 
 | what | how |
 |---|---|
-| `model.onnx` equals the eager reduced model | run in ONNX Runtime on the CPU when compiled (`report.json`) |
+| `model.onnx` equals the eager reduced model | run in ONNX Runtime on the CPU when compiled{run_in} (`report.json`) |
 | TensorRT's rules for operations, types, sizes | every node, at the shapes above |
-| the builder takes such graphs | tiny models of every method, {CHECKED_WITH}, no GPU |
+| the builder takes such graphs | tiny models of every method and large ones of some, {CHECKED_WITH}, no GPU |
 | numbers, ties and speed of the engine on a GPU | not run |
 | trtexec, TensorRT 10 and 11, Triton Inference Server | not run |
 """
