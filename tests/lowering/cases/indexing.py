@@ -47,6 +47,11 @@ def indexing_cases() -> list[Case]:
             lambda b, x, i, s: b.scatter(x, 1, i, s),
             (Input(("B", "N")), Input(("B", 3), "unique", "N"), Input(("B", 3))),
         ),
+        Case(
+            "scatter-value",
+            lambda b, x, i: b.call(aten.scatter.value, x, 1, i, 2.5),
+            (Input(("B", "N")), Input(("B", 3), "index", "N")),
+        ),
         Case("index-one", lambda b, x, i: b.call(aten.index.Tensor, x, [None, i]), (X, Input((3,), "index", "N"))),
         Case(
             "index-grid",

@@ -125,6 +125,14 @@ def scatter_src(t: Translator, node: fx.Node, x: Any, dim: int, index: Any, sour
     return t.op("ScatterElements", t.value(x, dtype), t.value(index), t.value(source, dtype), axis=dim % _rank(x))
 
 
+def scatter_value(t: Translator, node: fx.Node, x: Any, dim: int, index: Any, value: Any) -> Any:
+    """``scatter`` of one number."""
+    dtype = node.meta["val"].dtype
+    places = t.value(index)
+    source = t.op("Expand", t.value(value, dtype), t.op("Shape", places))
+    return t.op("ScatterElements", t.value(x, dtype), places, source, axis=dim % _rank(x))
+
+
 def index_tensor(t: Translator, node: fx.Node, x: Any, indices: Sequence[Any]) -> Any:
     """Advanced indexing by one tensor, or by broadcast tensors on the leading axes."""
     given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
@@ -230,6 +238,7 @@ LOWERINGS: dict[Any, Any] = {
     aten.index_select.default: index_select,
     aten.gather.default: gather,
     aten.scatter.src: scatter_src,
+    aten.scatter.value: scatter_value,
     aten.index.Tensor: index_tensor,
     aten.pad.default: pad,
     aten.constant_pad_nd.default: constant_pad,
