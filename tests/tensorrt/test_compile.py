@@ -225,13 +225,16 @@ class TestInspect:
 
 class TestDecoders:
     def test_two_ways_are_refused_with_what_to_do(self) -> None:
-        policy = policy_of({"version": 1, "steps": [arguments("quest")]})
+        policy = policy_of({"version": 1, "steps": [{**arguments("quest"), "length": 32}]})
         reduced, _ = decoder(policy.policy)
         profiles = make_profiles(reduced.sliced, {}, text_shapes((1, 8, 16), (1, 64, 128)))
         with pytest.raises(LoweringError, match="two ways") as caught:
             lower(reduced.sliced, profiles, policy).legal(policy)
         assert "step 1 `quest`" in (caught.value.policy or "")
         assert "single tokens" in (caught.value.help or "")
+        # Sizes are those of the inputs: the text with what the call adds.
+        assert "`input_ids_1+past_key_values_0_key_2` from" in (caught.value.needed or "")
+        assert "reduced" not in (caught.value.found or "")
 
     def test_calls_that_an_engine_is_not_made_for_are_not_compared(self) -> None:
         reduced, _ = decoder("none")

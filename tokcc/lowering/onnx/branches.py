@@ -12,6 +12,7 @@ from torch import fx
 import tokcc.kernels
 from tokcc.analysis.sizes import number
 from tokcc.errors import LoweringError
+from tokcc.ir.size_names import dimension_name
 from tokcc.lowering.onnx.recorder import SubgraphRecorder
 from tokcc.lowering.onnx.translate import Translator, ir_dtype
 
@@ -93,7 +94,12 @@ def _decided(t: Translator, node: fx.Node, sizes: Sequence[Any], low: Sequence[i
 
 def _name(t: Translator, size: Any) -> str:
     known = size.meta["val"] if isinstance(size, fx.Node) else size
-    return str(known) if isinstance(known, int) else f"`{t.program.size_name(known)}`"
+    if isinstance(known, int):
+        return str(known)
+    expression = known.node.expr
+    while expression in t.program.symbols:  # what the inputs' sizes make of it says more than a number's name
+        expression = t.program.symbols[expression]
+    return f"`{dimension_name(expression, t.program.size_names, t.program.symbols)}`"
 
 
 LOWERINGS: dict[Any, Any] = {torch.ops.tokcc.choose_by_size.default: choose_by_size}
